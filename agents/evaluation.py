@@ -1,0 +1,67 @@
+"""What a policy is worth: episodes played to their end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rlsched.envs import InnerTask, SchedulingVectorEnv
+from rlsched.policy import SchedulePolicy
+
+
+class Evaluation(NamedTuple):
+    """Episodes played by one policy."""
+
+    returns: NDArray[np.float64]  # (episodes,): log(first / last validation loss), at least −2
+    diverged: NDArray[np.bool_]  # (episodes,): ended by a loss or weight that is not finite
+    paths: dict[str, list[NDArray[np.float64]]]  # of each info: for each episode, its values at every decision
+
+    @property
+    def mean_return(self) -> float:
+        return float(self.returns.mean())
+
+
+def evaluate(
+    policy: SchedulePolicy,
+    tasks: str | Sequence[InnerTask] = "mlp",
+    *,
+    episodes: int = 192,
+    seed: int = 1_000_000,
+    env: Any = None,
+) -> Evaluation:
+    """Play one episode in each of `episodes` environments, with the policy's deterministic actions.
+
+    Args:
+        policy: decides; its `safe_start` is that of the environment, so that `SchedulePolicy.zero()` gives exactly
+            the fallback schedule.
+        tasks: mixture of inner tasks.
+        episodes: their number.
+        seed: of the first episode; the others count up. The same seed gives the same episodes to every policy.
+        env: a vector environment to play in, for instance one over several processes, in place of a new one.
+    """
+    env = env or SchedulingVectorEnv(episodes, tasks, safe_start=policy.safe_start)
+    observations, infos = env.reset(seed=seed)
+    returns, diverged = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
+    running = np.ones(env.num_envs, bool)
+    paths: dict[str, list[list[float]]] = {}
+    while running.any():
+        actions = policy.act(torch.from_numpy(observations)).numpy()
+        observations, rewards, done, _, infos = env.step(actions)
+        returns += np.where(running, rewards, 0)
+        final = infos.get("final_info", infos)
+        for key, values in infos.items():
+            if key.startswith(("_", "final")):
+                continue
+            path = paths.setdefault(key, [[] for _ in range(env.num_envs)])
+            for i in np.flatnonzero(running):
+                path[i].append(float(final[key][i] if done[i] else values[i]))
+        ended = running & done
+        if ended.any():
+            diverged |= ended & (final["inner_steps"] < final["total_steps"])
+        running &= ~done
+    arrays = {key: [np.array(values) for values in path] for key, path in paths.items()}
+    return Evaluation(returns, diverged, arrays)

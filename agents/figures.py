@@ -1,0 +1,33 @@
+"""Pictures of episodes for TensorBoard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlsched.agents.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ROWS = (("lr", "learning rate", "log"), ("momentum", "momentum", "linear"), ("clip", "clip multiple", "log"))
+
+
+def episode_paths(policy: Evaluation, zero: Evaluation, episodes: int = 4) -> Figure:
+    """Learning rate, momentum, clip multiple and validation loss of the first episodes, beside the zero policy's."""
+    from matplotlib.figure import Figure
+
+    rows = (*ROWS, ("validation_loss", "validation loss", "log"))
+    figure = Figure(figsize=(3.2 * episodes, 2 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), episodes, sharex="col", squeeze=False)
+    for column in range(episodes):
+        adaptive = policy.paths["adaptive"][column][0] > 0
+        axes[0][column].set_title(f"episode {column}, {'AdamW' if adaptive else 'SGD'}")
+        axes[-1][column].set_xlabel("inner steps")
+        for row, (key, label, scale) in zip(axes[:, column], rows, strict=True):
+            row.plot(policy.paths["inner_steps"][column], policy.paths[key][column], label="policy")
+            row.plot(zero.paths["inner_steps"][column], zero.paths[key][column], "--", label="fallback")
+            row.set_yscale(scale)
+            if column == 0:
+                row.set_ylabel(label)
+    axes[0][0].legend()
+    return figure

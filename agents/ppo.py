@@ -1,0 +1,243 @@
+"""Training: PPO from Stable-Baselines3 on the scheduling environment, checkpointed, evaluated and logged."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Figure, HParam, configure
+from tqdm import tqdm
+
+from rlsched.agents.config import TrainConfig
+from rlsched.agents.evaluation import Evaluation, evaluate
+from rlsched.agents.export import export
+from rlsched.agents.figures import episode_paths
+from rlsched.agents.vec_env import VectorEnvAdapter
+from rlsched.envs.scheduling import SchedulingVectorEnv
+from rlsched.envs.sharding import ShardedVectorEnv
+from rlsched.policy import SchedulePolicy
+
+CONFIG, CHECKPOINT, POLICY = "config.json", "checkpoint.zip", "policy.safetensors"
+ACTIVATIONS = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
+
+
+def train(config: TrainConfig | None = None) -> SchedulePolicy:
+    """Train a scheduling policy, or go on where an interrupted training in `config.run_dir` stopped.
+
+    The folder gets `config.json`, `checkpoint.zip` (after every update; a Stable-Baselines3 model), TensorBoard event
+    files, and at the end `policy.safetensors`. If that is there already, it is loaded and nothing is trained.
+
+    Raises:
+        ValueError: `run_dir` holds a run with other hyperparameters.
+    """
+    config = config or TrainConfig()
+    run_dir = Path(config.run_dir)
+    _claim(run_dir, config)
+    if (run_dir / POLICY).exists():
+        return SchedulePolicy.load(run_dir / POLICY)
+
+    env = VectorEnvAdapter(_vector_env(config, config.num_envs, compile=config.compile))
+    try:
+        checkpoint = run_dir / CHECKPOINT
+        model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
+        model.set_logger(configure(str(run_dir), ["tensorboard"]))
+        evaluation = _EvaluationCallback(config)
+        callbacks: list[BaseCallback] = [
+            _CheckpointCallback(checkpoint),
+            evaluation,
+            _ProgressCallback(config, evaluation),
+        ]
+        remaining = config.decisions - model.num_timesteps
+        if remaining > 0:
+            model.learn(remaining, callback=callbacks, reset_num_timesteps=False, log_interval=1)
+        policy = evaluation.finish(model)
+        evaluation.close()
+    finally:
+        env.close()
+    policy.save(run_dir / POLICY)
+    return policy
+
+
+def _claim(run_dir: Path, config: TrainConfig) -> None:
+    """Write the configuration, or check that it is the one of the run that is there."""
+    hyperparameters = config.hyperparameters()
+    path = run_dir / CONFIG
+    if path.exists():
+        there = json.loads(path.read_text())
+        differing = [
+            f"{key} (there {there.get(key)!r}, now {hyperparameters.get(key)!r})"
+            for key in sorted(there.keys() | hyperparameters.keys())
+            if there.get(key) != hyperparameters.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"run_dir: {str(run_dir)!r} holds a run with other hyperparameters: {', '.join(differing)}. "
+                "Choose another run_dir, or delete that one"
+            )
+    else:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(hyperparameters, indent=2) + "\n")
+
+
+def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> SchedulingVectorEnv | ShardedVectorEnv:
+    if config.processes == 1:
+        return SchedulingVectorEnv(num_envs, config.tasks, **options)
+    return ShardedVectorEnv(num_envs, config.tasks, processes=min(config.processes, num_envs), **options)
+
+
+def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
+    return PPO(
+        "MlpPolicy",
+        env,
+        learning_rate=_learning_rate(config),
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        gamma=1.0,  # the return is then the final loss, not a sum biased towards early drops
+        gae_lambda=config.gae_lambda,
+        ent_coef=0.0,
+        target_kl=config.target_kl,
+        policy_kwargs={
+            "net_arch": {"pi": list(config.hidden), "vf": list(config.hidden)},
+            "activation_fn": ACTIVATIONS[config.activation],
+            "log_std_init": config.log_std_init,
+        },
+        seed=config.seed,
+        device="cpu",
+    )
+
+
+def _resume(checkpoint: Path, env: VectorEnvAdapter, config: TrainConfig) -> PPO:
+    model = PPO.load(checkpoint, env=env, device="cpu", custom_objects={"learning_rate": _learning_rate(config)})
+    # New episodes, not those that the interrupted run began with.
+    seed = config.seed + model.num_timesteps
+    torch.manual_seed(seed)
+    env.seed(seed)
+    return model
+
+
+def _learning_rate(config: TrainConfig) -> Any:
+    start, end = config.learning_rate, config.final_learning_rate
+    return lambda remaining: end + (start - end) * remaining
+
+
+class _CheckpointCallback(BaseCallback):
+    """Saves the model after every update, in one move: a kill leaves the last whole checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        partial = self.path.with_suffix(".partial.zip")
+        self.model.save(partial)
+        partial.replace(self.path)
+
+
+class _EvaluationCallback(BaseCallback):
+    """Plays the same episodes every few updates and logs them beside the fallback schedule's."""
+
+    model: PPO
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.updates = 0
+        self.env: SchedulingVectorEnv | ShardedVectorEnv | None = None
+        self.zero: Evaluation | None = None
+        self.latest: Evaluation | None = None
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.updates % self.config.eval_every == 0:
+            self.play(export(self.model))
+        self.updates += 1
+
+    def play(self, policy: SchedulePolicy) -> None:
+        config = self.config
+        if self.env is None:
+            env = _vector_env(config, config.eval_episodes, safe_start=False)
+            self.zero = evaluate(SchedulePolicy.zero(), seed=config.eval_seed, env=env)
+            env.close()
+            self.env = _vector_env(config, config.eval_episodes, safe_start=policy.safe_start)
+        self.latest = evaluate(policy, seed=config.eval_seed, env=self.env)
+        assert self.zero is not None
+        for name, value in self.scores().items():
+            self.logger.record(f"eval/{name}", value)
+        self.logger.record(
+            "eval/episodes", Figure(episode_paths(self.latest, self.zero), close=True), exclude=("stdout", "log")
+        )
+
+    def close(self) -> None:
+        if self.env is not None:
+            self.env.close()
+
+    def scores(self) -> dict[str, float]:
+        assert self.latest is not None and self.zero is not None
+        return {
+            "return": self.latest.mean_return,
+            "return_of_zero_policy": self.zero.mean_return,
+            "gain": float((self.latest.returns - self.zero.returns).mean()),
+            "median_gain": float(np.median(self.latest.returns - self.zero.returns)),
+            "share_better": float((self.latest.returns > self.zero.returns).mean()),
+            "diverged": float(self.latest.diverged.mean()),
+        }
+
+    def finish(self, model: PPO) -> SchedulePolicy:
+        """Evaluate the final policy, log it with the hyperparameters, and give it its scores."""
+        policy = export(model)
+        self.play(policy)
+        scores = {name: round(value, 4) for name, value in self.scores().items()}
+        hyperparameters = self.config.hyperparameters()
+        flat = {key: str(v) if isinstance(v, list) else v for key, v in hyperparameters.items()}
+        self.logger.record(
+            "hparams", HParam(flat, {f"eval/{name}": value for name, value in scores.items()}), exclude=("stdout",)
+        )
+        self.logger.dump(model.num_timesteps)
+        policy.info = {"training": {**hyperparameters, "decisions_done": model.num_timesteps}, "evaluation": scores}
+        return policy
+
+
+class _ProgressCallback(BaseCallback):
+    """A progress bar over the decisions, with the returns of training and evaluation."""
+
+    def __init__(self, config: TrainConfig, evaluation: _EvaluationCallback) -> None:
+        super().__init__()
+        self.config, self.evaluation = config, evaluation
+
+    def _on_training_start(self) -> None:
+        self.bar = tqdm(
+            total=self.config.decisions,
+            initial=self.model.num_timesteps,
+            unit="decision",
+            unit_scale=True,
+            desc="training",
+            file=sys.stderr,
+            mininterval=1.0,
+        )
+
+    def _on_step(self) -> bool:
+        self.bar.update(self.training_env.num_envs)
+        return True
+
+    def _on_rollout_start(self) -> None:
+        finished = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+        shown = {"return": f"{np.mean(finished):.2f}"} if finished else {}
+        if self.evaluation.latest is not None and self.evaluation.zero is not None:
+            shown["evaluated"] = f"{self.evaluation.latest.mean_return:.2f}"
+            shown["fallback"] = f"{self.evaluation.zero.mean_return:.2f}"
+        self.bar.set_postfix(shown)
+
+    def _on_training_end(self) -> None:
+        self.bar.close()

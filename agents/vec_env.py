@@ -1,0 +1,70 @@
+"""Stable-Baselines3's view of a Gymnasium vector environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn
+
+
+class VectorEnvAdapter(VecEnv):
+    """A `VecEnv` over a Gymnasium vector environment that resets in the same step.
+
+    Infos are empty but where an episode ended. There they hold the episode's last info, `terminal_observation`, and
+    `episode` with its return `r` and length `l`, from which Stable-Baselines3 logs `rollout/ep_rew_mean`.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        mode = env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.SAME_STEP:
+            raise ValueError(f"env must reset with AutoresetMode.SAME_STEP, got {mode}")
+        self.env = env
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self._returns = np.zeros(env.num_envs)
+        self._lengths = np.zeros(env.num_envs, int)
+
+    def reset(self) -> VecEnvObs:
+        seeds: Sequence[int | None] | None = self._seeds if any(s is not None for s in self._seeds) else None
+        observations, _ = self.env.reset(seed=seeds)
+        self._reset_seeds()
+        self.reset_infos = [{} for _ in range(self.num_envs)]
+        self._returns[:], self._lengths[:] = 0, 0
+        return observations
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> VecEnvStepReturn:
+        observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        done = terminated | truncated
+        self._returns += rewards
+        self._lengths += 1
+        listed: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        for i in np.flatnonzero(done):
+            final = infos["final_info"]
+            listed[i] = {key: value[i] for key, value in final.items() if not key.startswith("_")}
+            listed[i]["terminal_observation"] = infos["final_obs"][i]
+            listed[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+            listed[i]["episode"] = {"r": float(self._returns[i]), "l": int(self._lengths[i])}
+        self._returns[done], self._lengths[done] = 0, 0
+        return observations, rewards, done, listed
+
+    def close(self) -> None:
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: int | Iterable[int] | None = None) -> list[Any]:
+        return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(self, attr_name: str, value: Any, indices: int | Iterable[int] | None = None) -> None:
+        raise AttributeError(f"{attr_name}: the runs of a vector environment have no attributes of their own to set")
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: int | Iterable[int] | None = None, **method_kwargs: Any
+    ) -> list[Any]:
+        raise AttributeError(f"{method_name}: the runs of a vector environment have no methods of their own")
+
+    def env_is_wrapped(self, wrapper_class: type, indices: int | Iterable[int] | None = None) -> list[bool]:
+        return [False] * len(list(self._get_indices(indices)))

@@ -1,0 +1,194 @@
+"""The two faces of a controller: an optimizer around the user's, and hooks on the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from rlsched.controller import Controller
+
+STATE_KEY = "rlsched"  # of the controller's state in an optimizer's state_dict
+
+__all__ = ["Controller", "ScheduledOptimizer", "attach"]
+
+
+class ScheduledOptimizer(Optimizer):
+    """A torch optimizer whose learning rate, momentum and clipping follow a learned schedule.
+
+    Around any `torch.optim.Optimizer` that has a learning rate, in place of a scheduler and of gradient clipping::
+
+        optimizer = ScheduledOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-3), total_steps=10_000)
+        for x, y in batches:
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            optimizer.step(loss=loss)
+            optimizer.zero_grad()
+
+    At inner step n of N the learning rate of a parameter group is
+
+        lr · (1 − n/N) · exp(c),
+
+    where `lr` is the one that it came with and the policy moves c about 100 times in a run. A c of zero is the
+    fallback schedule, linear decay to zero. Where momentum sums gradients (SGD, RMSprop), lr is scaled along with it
+    so that the size of an update does not depend on momentum. A gradient whose norm exceeds the policy's multiple of
+    its running average is scaled down to that.
+
+    The parameter groups and the state are those of the wrapped optimizer. `state_dict` carries the controller, and a
+    run resumed from it is bit-equal to one that never stopped.
+
+    Args:
+        optimizer: the optimizer to drive; its present learning rates and momenta are the base values.
+        total_steps: optimizer steps in the whole run, at least 1. Training on after them keeps the last learning rate.
+        policy: name of a shipped policy, path to a policy file, or a `SchedulePolicy`.
+        controls: what the policy may change, of "lr", "momentum" and "clip". With none of them the learning rate
+            follows the fallback schedule exactly, and all else stays as it is.
+        decisions: about how many times in the run the policy decides.
+        max_grad_norm: clip the gradient norm to this as well, as `clip_grad_norm_` would.
+        log_dir: folder for a TensorBoard event file with what was seen and decided.
+        writer: a `SummaryWriter` to log to instead.
+
+    Behaviour worth knowing:
+        - Gradients are clipped in place, and those of a step whose loss or gradient is not finite are zeroed. After
+          a window with such a step the learning rate is cut to a tenth.
+        - A step without any gradient is passed on, warned about once, and does not count.
+        - The first step is taken at a thousandth of the learning rate, to learn whether the full one would diverge.
+        - An optimizer without momentum (SGD's default) keeps it that way.
+
+    Raises:
+        ValueError: an argument is out of its range, the optimizer has no "lr", or gradients are sparse.
+        FileNotFoundError, PolicyFileError: the policy cannot be loaded.
+    """
+
+    def __init__(self, optimizer: Optimizer, **options: Any) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, ScheduledOptimizer):
+            raise ValueError("optimizer is a ScheduledOptimizer already")
+        self.optimizer = optimizer
+        self.controller = Controller(optimizer, **options)
+        # Hook tables and the patched `step` of the base class, but not its parameter groups: those are delegated.
+        super().__setstate__({"defaults": optimizer.defaults})
+
+    # Optimizers rebind these in load_state_dict, so a copied reference would go stale.
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property  # type: ignore[override]
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor | float] | None = None, *, loss: Tensor | float | None = None
+    ) -> Tensor | float | None:
+        """One inner step.
+
+        Args:
+            closure: computes the loss and its gradients anew, and returns the loss.
+            loss: the loss that the gradients are of, a 0-d tensor or a float. `observe` can report it instead.
+
+        Returns:
+            The closure's loss, or `loss`.
+        """
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if loss is not None:
+            self.controller.observe(loss)
+        self.controller.before()
+        if isinstance(self.optimizer, LBFGS):
+            if closure is None:
+                raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
+            self.optimizer.step(closure)  # type: ignore[arg-type]
+        else:
+            self.optimizer.step()
+        self.controller.after()
+        return loss
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Report the loss of the step to come: once, or once per micro-batch."""
+        self.controller.observe(loss)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state_dict, with the controller's under "rlsched"."""
+        return {**self.optimizer.state_dict(), STATE_KEY: self.controller.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Go on where the run that gave `state_dict` was; see `Controller.load_state_dict` for the errors."""
+        if STATE_KEY not in state_dict:
+            raise ValueError(
+                f"state_dict has no {STATE_KEY!r}, so it is not of a ScheduledOptimizer; a plain optimizer's is for "
+                "the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
+            )
+        self.controller.load_state_dict(state_dict[STATE_KEY])
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "controller": self.controller, "defaults": self.defaults}
+
+    def __repr__(self) -> str:
+        controller = self.controller
+        return (
+            f"ScheduledOptimizer({self.optimizer!r},\n"
+            f"total_steps={controller.total_steps}, controls={controller.controls}, policy={controller.policy!r})"
+        )
+
+
+def attach(optimizer: Optimizer, **options: Any) -> Controller:
+    """Drive `optimizer` through step hooks: the object, its class and its state_dict stay the user's own.
+
+    Args:
+        optimizer: as for `ScheduledOptimizer`.
+        options: the other arguments of `ScheduledOptimizer`.
+
+    Returns:
+        The controller. Its `observe(loss)` reports losses, unless they come with `optimizer.step(loss=loss)` or a
+        closure; its `state_dict` has to be saved beside the optimizer's; `detach()` takes the hooks off. Hooks
+        are lost when torch copies or pickles an optimizer.
+    """
+    if isinstance(optimizer, ScheduledOptimizer):
+        raise ValueError("optimizer is a ScheduledOptimizer already")
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("optimizer: LBFGS evaluates the loss inside its step; use ScheduledOptimizer")
+    controller = Controller(optimizer, **options)
+
+    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(kwargs)
+        this, *positional = args
+        closure = kwargs.pop("closure", positional[0] if positional else None)
+        loss = kwargs.pop("loss", None)
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            kwargs["closure"] = lambda: loss  # evaluated already
+        if loss is not None:
+            controller.observe(loss)
+        with torch.no_grad():
+            controller.before()
+        return (this,), kwargs
+
+    @torch.no_grad()
+    def after(*_: Any) -> None:
+        controller.after()
+
+    controller._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    return controller

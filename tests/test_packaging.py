@@ -1,0 +1,162 @@
+"""The names that a user imports lead to the right code, installed or not, with the extras or without."""
+
+import os
+import pkgutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install inside rlsched
+EXTRAS = ("gymnasium", "stable_baselines3", "tensorboard", "matplotlib", "sklearn")
+
+
+def run_python(code: str, cwd: Path, path: Path | None = None) -> str:
+    """Run code in a new interpreter in cwd, path in front of the installed packages; return its output."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONSAFEPATH": "1"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def build(kind: str, tree: Path, out: Path) -> Path:
+    """Build a "wheel" or an "sdist" of tree with the installed hatchling, offline, writing only to out."""
+    out.mkdir(parents=True, exist_ok=True)
+    code = f"from hatchling.build import build_{kind}; print(build_{kind}({str(out)!r}))"
+    return out / run_python(code, cwd=tree).splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel straight from the tree."""
+    return build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpack the source archive."""
+    out = tmp_path_factory.mktemp("sdist")
+    with tarfile.open(build("sdist", ROOT, out)) as archive:
+        archive.extractall(out, filter="data")
+    (tree,) = (p for p in out.iterdir() if p.is_dir())
+    return tree
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Unpack the wheel, as pip would lay it into site-packages."""
+    out = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(out)
+    return out
+
+
+def contents(wheel: Path) -> list[str]:
+    """Name every file of a wheel, its metadata aside."""
+    with zipfile.ZipFile(wheel) as archive:
+        return sorted(name for name in archive.namelist() if ".dist-info/" not in name)
+
+
+def sources() -> set[str]:
+    """Name every source file and policy file of the tree by its place in the wheel."""
+    paths = {p.relative_to(ROOT) for p in (ROOT / "rlsched").rglob("*.py")}
+    paths = {p for p in paths if p.parts[1] not in FOLDERS}
+    names = {p.as_posix() for p in paths} | {"rlsched/py.typed"}
+    for folder in FOLDERS:
+        names |= {f"rlsched/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / folder).rglob("*.py")}
+    for file in (ROOT / "agents" / "pretrained").iterdir():
+        if file.is_file():
+            names.add(f"rlsched/agents/pretrained/{file.name}")
+    return names
+
+
+def test_wheel_holds_every_source_and_policy_file(wheel: Path) -> None:
+    """A user would get an import error, no type information or no pretrained policy after `pip install`."""
+    names = contents(wheel)
+    assert sources() <= set(names)
+    assert any(name.startswith("rlsched/agents/pretrained/") for name in names)
+
+
+def test_wheel_holds_each_file_once_and_only_under_rlsched(wheel: Path) -> None:
+    """A top-level `envs` would collide in site-packages; a followed link would install modules twice."""
+    names = contents(wheel)
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+    assert {name.split("/")[0] for name in names} == {"rlsched"}
+    assert {name for name in names if name.endswith(".pyc")} == set()
+    with zipfile.ZipFile(wheel) as archive:
+        links = [i.filename for i in archive.infolist() if (i.external_attr >> 16) & 0o170000 == 0o120000]
+    assert links == []
+
+
+def test_sdist_builds_the_same_wheel_without_links(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    """Whoever installs from the source archive would get another package than whoever takes the wheel."""
+    assert [p for p in sdist.rglob("*") if p.is_symlink()] == []
+    assert not any((sdist / "rlsched" / folder).exists() for folder in FOLDERS)
+    assert contents(build("wheel", sdist, tmp_path)) == contents(wheel)
+
+
+def test_installed_package_is_imported_from_where_it_is_installed(unpacked: Path, tmp_path: Path) -> None:
+    """A wheel without rlsched.envs would go unnoticed by every test that runs in the repository."""
+    code = """
+        import rlsched.agents, rlsched.envs
+        print(rlsched.__file__, rlsched.agents.__file__, rlsched.envs.__file__, sep="\\n")
+    """
+    for file in run_python(code, cwd=tmp_path, path=unpacked).splitlines():
+        assert Path(file).is_relative_to(unpacked)
+
+
+def test_clone_without_symbolic_links_imports(sdist: Path, tmp_path: Path) -> None:
+    """On Windows git writes a link as a small text file, and rlsched.envs would not be found."""
+    for folder in FOLDERS:
+        (sdist / "rlsched" / folder).write_text(f"../{folder}")
+    try:
+        file = run_python("import rlsched.envs; print(rlsched.envs.__file__)", cwd=tmp_path, path=sdist)
+    finally:
+        for folder in FOLDERS:
+            (sdist / "rlsched" / folder).unlink()
+    assert Path(file.strip()) == sdist / "envs" / "__init__.py"
+
+
+def test_import_rlsched_is_light(tmp_path: Path) -> None:
+    """A training loop that only uses a frozen policy would wait for, and depend on, what trained it."""
+    code = f"import rlsched, sys; print(*(m for m in {EXTRAS!r} if m in sys.modules))"
+    assert run_python(code, cwd=tmp_path, path=ROOT).split() == []
+
+
+def test_core_modules_import_without_the_extras(tmp_path: Path) -> None:
+    """`pip install rlsched`, without the `train` extra, would fail on import."""
+    names = {module.name for module in pkgutil.iter_modules([str(ROOT / "rlsched")])}
+    core = sorted(names - {*FOLDERS, "__main__"})
+    assert {"optimizer", "policy"} <= set(core)
+    code = f"""
+        import importlib, sys
+
+        class Absent:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in {EXTRAS!r}:
+                    raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+
+        sys.meta_path.insert(0, Absent())
+        for name in {core!r}:
+            importlib.import_module("rlsched." + name)
+            print(name)
+    """
+    assert run_python(code, cwd=tmp_path, path=ROOT).split() == core
+
+
+def test_distribution_needs_only_the_core_dependencies(wheel: Path) -> None:
+    """Every user would install what only training needs."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    required = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert sorted(line.split()[1].split(">")[0] for line in required) == ["numpy", "safetensors", "torch"]
