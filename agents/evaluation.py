@@ -43,7 +43,8 @@ def evaluate(
         seed: of the first episode; the others count up. The same seed gives the same episodes to every policy.
         env: a vector environment to play in, for instance one over several processes, in place of a new one.
     """
-    env = env or SchedulingVectorEnv(episodes, tasks, safe_start=policy.safe_start)
+    if env is None:
+        env = SchedulingVectorEnv(episodes, tasks, safe_start=policy.safe_start)
     observations, infos = env.reset(seed=seed)
     returns, diverged = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
     running = np.ones(env.num_envs, bool)
@@ -61,7 +62,8 @@ def evaluate(
                 path[i].append(float(final[key][i] if done[i] else values[i]))
         ended = running & done
         if ended.any():
-            diverged |= ended & (final["inner_steps"] < final["total_steps"])
+            whole = np.isfinite(final["validation_loss"]) & (final["inner_steps"] == final["total_steps"])
+            diverged |= ended & ~whole
         running &= ~done
     arrays = {key: [np.array(values) for values in path] for key, path in paths.items()}
     return Evaluation(returns, diverged, arrays)

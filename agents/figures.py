@@ -16,6 +16,7 @@ def episode_paths(policy: Evaluation, zero: Evaluation, episodes: int = 4) -> Fi
     """Learning rate, momentum, clip multiple and validation loss of the first episodes, beside the zero policy's."""
     from matplotlib.figure import Figure
 
+    episodes = min(episodes, len(policy.returns))
     rows = (*ROWS, ("validation_loss", "validation loss", "log"))
     figure = Figure(figsize=(3.2 * episodes, 2 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), episodes, sharex="col", squeeze=False)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
     files, and at the end `policy.safetensors`. If that is there already, it is loaded and nothing is trained.
 
     Raises:
-        ValueError: `run_dir` holds a run with other hyperparameters.
+        ValueError: `run_dir` holds a run with other hyperparameters, or a checkpoint that cannot be read.
     """
     config = config or TrainConfig()
     run_dir = Path(config.run_dir)
@@ -42,24 +44,24 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
     if (run_dir / POLICY).exists():
         return SchedulePolicy.load(run_dir / POLICY)
 
-    env = VectorEnvAdapter(_vector_env(config, config.num_envs, compile=config.compile))
-    try:
+    with ExitStack() as stack:
+        env = VectorEnvAdapter(_vector_env(config, config.num_envs, compile=config.compile))
+        stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
         model.set_logger(configure(str(run_dir), ["tensorboard"]))
-        evaluation = _EvaluationCallback(config)
+        stack.callback(model.logger.close)
+        bar = stack.enter_context(_progress_bar(config, model.num_timesteps))
+        evaluation = _EvaluationCallback(config, bar)
+        stack.callback(evaluation.close)
         callbacks: list[BaseCallback] = [
             _CheckpointCallback(checkpoint),
             evaluation,
-            _ProgressCallback(config, evaluation),
+            _ProgressCallback(bar, evaluation),
         ]
-        remaining = config.decisions - model.num_timesteps
-        if remaining > 0:
-            model.learn(remaining, callback=callbacks, reset_num_timesteps=False, log_interval=1)
-        policy = evaluation.finish(model)
-        evaluation.close()
-    finally:
-        env.close()
+        remaining = max(0, config.decisions - model.num_timesteps)
+        model.learn(remaining, callback=callbacks, reset_num_timesteps=False, log_interval=1)
+        policy = evaluation.finish()
     policy.save(run_dir / POLICY)
     return policy
 
@@ -114,7 +116,10 @@ def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
 
 
 def _resume(checkpoint: Path, env: VectorEnvAdapter, config: TrainConfig) -> PPO:
-    model = PPO.load(checkpoint, env=env, device="cpu", custom_objects={"learning_rate": _learning_rate(config)})
+    try:
+        model = PPO.load(checkpoint, env=env, device="cpu", custom_objects={"learning_rate": _learning_rate(config)})
+    except Exception as error:  # a damaged pickle raises whatever it likes
+        raise ValueError(f"run_dir: {checkpoint} cannot be read: {error}. Delete it to start over") from error
     # New episodes, not those that the interrupted run began with.
     seed = config.seed + model.num_timesteps
     torch.manual_seed(seed)
@@ -125,6 +130,19 @@ def _resume(checkpoint: Path, env: VectorEnvAdapter, config: TrainConfig) -> PPO
 def _learning_rate(config: TrainConfig) -> Any:
     start, end = config.learning_rate, config.final_learning_rate
     return lambda remaining: end + (start - end) * remaining
+
+
+def _progress_bar(config: TrainConfig, done: int) -> Any:
+    rollout = config.num_envs * config.n_steps
+    return tqdm(
+        total=rollout * math.ceil(config.decisions / rollout),
+        initial=done,
+        unit=" decisions",
+        unit_scale=True,
+        desc="training",
+        file=sys.stderr,
+        mininterval=1.0,
+    )
 
 
 class _CheckpointCallback(BaseCallback):
@@ -138,6 +156,12 @@ class _CheckpointCallback(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
+        self._save()
+
+    def _on_training_end(self) -> None:
+        self._save()
+
+    def _save(self) -> None:
         partial = self.path.with_suffix(".partial.zip")
         self.model.save(partial)
         partial.replace(self.path)
@@ -148,9 +172,9 @@ class _EvaluationCallback(BaseCallback):
 
     model: PPO
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, bar: Any) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.bar = config, bar
         self.updates = 0
         self.env: SchedulingVectorEnv | ShardedVectorEnv | None = None
         self.zero: Evaluation | None = None
@@ -162,14 +186,15 @@ class _EvaluationCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         if self.updates % self.config.eval_every == 0:
             self.play(export(self.model))
+            self.logger.dump(self.model.num_timesteps)
         self.updates += 1
 
     def play(self, policy: SchedulePolicy) -> None:
         config = self.config
+        self.bar.set_description("evaluating")
         if self.env is None:
-            env = _vector_env(config, config.eval_episodes, safe_start=False)
-            self.zero = evaluate(SchedulePolicy.zero(), seed=config.eval_seed, env=env)
-            env.close()
+            with closing(_vector_env(config, config.eval_episodes, safe_start=False)) as env:
+                self.zero = evaluate(SchedulePolicy.zero(), seed=config.eval_seed, env=env)
             self.env = _vector_env(config, config.eval_episodes, safe_start=policy.safe_start)
         self.latest = evaluate(policy, seed=config.eval_seed, env=self.env)
         assert self.zero is not None
@@ -178,6 +203,7 @@ class _EvaluationCallback(BaseCallback):
         self.logger.record(
             "eval/episodes", Figure(episode_paths(self.latest, self.zero), close=True), exclude=("stdout", "log")
         )
+        self.bar.set_description("training")
 
     def close(self) -> None:
         if self.env is not None:
@@ -194,9 +220,9 @@ class _EvaluationCallback(BaseCallback):
             "diverged": float(self.latest.diverged.mean()),
         }
 
-    def finish(self, model: PPO) -> SchedulePolicy:
+    def finish(self) -> SchedulePolicy:
         """Evaluate the final policy, log it with the hyperparameters, and give it its scores."""
-        policy = export(model)
+        policy = export(self.model)
         self.play(policy)
         scores = {name: round(value, 4) for name, value in self.scores().items()}
         hyperparameters = self.config.hyperparameters()
@@ -204,28 +230,18 @@ class _EvaluationCallback(BaseCallback):
         self.logger.record(
             "hparams", HParam(flat, {f"eval/{name}": value for name, value in scores.items()}), exclude=("stdout",)
         )
-        self.logger.dump(model.num_timesteps)
-        policy.info = {"training": {**hyperparameters, "decisions_done": model.num_timesteps}, "evaluation": scores}
+        done = self.model.num_timesteps
+        self.logger.dump(done)
+        policy.info = {"training": {**hyperparameters, "decisions_done": done}, "evaluation": scores}
         return policy
 
 
 class _ProgressCallback(BaseCallback):
-    """A progress bar over the decisions, with the returns of training and evaluation."""
+    """Moves the progress bar, and shows the returns of training and evaluation beside it."""
 
-    def __init__(self, config: TrainConfig, evaluation: _EvaluationCallback) -> None:
+    def __init__(self, bar: Any, evaluation: _EvaluationCallback) -> None:
         super().__init__()
-        self.config, self.evaluation = config, evaluation
-
-    def _on_training_start(self) -> None:
-        self.bar = tqdm(
-            total=self.config.decisions,
-            initial=self.model.num_timesteps,
-            unit="decision",
-            unit_scale=True,
-            desc="training",
-            file=sys.stderr,
-            mininterval=1.0,
-        )
+        self.bar, self.evaluation = bar, evaluation
 
     def _on_step(self) -> bool:
         self.bar.update(self.training_env.num_envs)
@@ -238,6 +254,3 @@ class _ProgressCallback(BaseCallback):
             shown["evaluated"] = f"{self.evaluation.latest.mean_return:.2f}"
             shown["fallback"] = f"{self.evaluation.zero.mean_return:.2f}"
         self.bar.set_postfix(shown)
-
-    def _on_training_end(self) -> None:
-        self.bar.close()

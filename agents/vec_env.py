@@ -28,7 +28,7 @@ class VectorEnvAdapter(VecEnv):
 
     def reset(self) -> VecEnvObs:
         seeds: Sequence[int | None] | None = self._seeds if any(s is not None for s in self._seeds) else None
-        observations, _ = self.env.reset(seed=seeds)
+        observations, _ = self.env.reset(seed=seeds)  # type: ignore[arg-type] # as Gymnasium's own, one seed per run
         self._reset_seeds()
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._returns[:], self._lengths[:] = 0, 0

@@ -4,7 +4,7 @@ import gymnasium
 
 from rlsched.envs.mixtures import MIXTURES
 from rlsched.envs.scheduling import SchedulingEnv, SchedulingVectorEnv
-from rlsched.envs.tasks import Digits, Episode, InnerTask, SetupDistribution, TeacherStudent
+from rlsched.envs.tasks import Digits, Episode, InnerTask, Prototypes, SetupDistribution, TeacherStudent
 
 ID = "rlsched/Scheduling-v0"
 
@@ -14,6 +14,7 @@ __all__ = [
     "Digits",
     "Episode",
     "InnerTask",
+    "Prototypes",
     "SchedulingEnv",
     "SchedulingVectorEnv",
     "SetupDistribution",

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlsched.envs.tasks import Digits, InnerTask, TeacherStudent
+from rlsched.envs.tasks import Digits, InnerTask, Prototypes, TeacherStudent
 
 MIXTURES: dict[str, tuple[InnerTask, ...]] = {
     "mlp": (
         TeacherStudent(inputs=24, hidden=(32, 32), classes=8, batch_size=32, interval=10),
-        TeacherStudent(inputs=48, hidden=(24,), classes=10, batch_size=16, interval=4),
-        TeacherStudent(inputs=16, hidden=(24, 24, 24), classes=5, batch_size=48, interval=10, activation="gelu"),
-        TeacherStudent(inputs=64, hidden=(32,), classes=10, batch_size=32, interval=10),
-        TeacherStudent(inputs=24, hidden=(32, 32), classes=4, batch_size=32, interval=5, activation="tanh"),
-        TeacherStudent(inputs=32, hidden=(48, 24), classes=10, batch_size=24, interval=20),
+        Prototypes(inputs=32, hidden=(32, 32), classes=10, batch_size=16, interval=4),
+        TeacherStudent(inputs=16, hidden=(24, 24, 24), classes=5, batch_size=32, interval=10, activation="gelu"),
+        Prototypes(inputs=64, hidden=(32,), classes=10, batch_size=32, interval=10),
+        Prototypes(inputs=24, hidden=(32, 32), classes=8, batch_size=32, interval=5, activation="tanh"),
+        Prototypes(inputs=40, hidden=(48, 24), classes=10, batch_size=24, interval=16),
     ),
-    "small": (TeacherStudent(inputs=16, hidden=(32,), classes=4, batch_size=32, interval=8),),
+    "small": (Prototypes(inputs=16, hidden=(32,), classes=6, batch_size=32, interval=8),),
     "digits": (Digits(),),
 }
 

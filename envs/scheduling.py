@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -68,6 +69,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         safe_start: whether the learning rate is checked by a first, small step. Without it, the zero policy
             is the fallback schedule exactly.
         compile: compile the inner steps with `torch.compile`, which needs a C compiler.
+        autoreset: whether an ended run is followed by a new episode in the same step. Without it, a run that ended
+            means nothing until `reset`.
 
     `reset(seed=s)` seeds run i with s + i and determines everything that follows, whatever `num_envs` is.
     """
@@ -90,6 +93,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         self.observation_space = batch_space(OBSERVATION_SPACE, num_envs)
         self.action_space = batch_space(ACTION_SPACE, num_envs)
         self._safe_start, self._autoreset = safe_start, autoreset
+        if not autoreset:
+            self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}
 
         family = mixture(tasks)
         self._groups = [
@@ -109,11 +114,9 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         return self._gather("observation"), self._infos()
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        actions = np.asarray(actions, np.float32)
-        if actions.shape != self.action_space.shape:
-            raise ValueError(f"actions must have the shape {self.action_space.shape}, got {actions.shape}")
-        if not np.isfinite(actions).all():
-            raise ValueError(f"actions must be finite, got {actions[~np.isfinite(actions).all(-1)][0]}")
+        actions = checked_actions(actions, self.num_envs)
+        if all(bool(group.done.all()) for group in self._groups):
+            raise ResetNeeded("step() was called without a running episode: call reset() first")
         for group in self._groups:
             group.step(torch.from_numpy(actions[group.index]), self._rngs)
         rewards, done = self._gather("reward"), self._gather("done")
@@ -256,6 +259,20 @@ class _Group:
             "total_steps": settings.total_steps,
             "adaptive": settings.adaptive,
         }
+
+
+def checked_actions(actions: Array, num_envs: int) -> Array:
+    """A copy of the actions as float32.
+
+    Raises:
+        ValueError: they have another shape than (num_envs, controls), or are not finite.
+    """
+    actions, shape = np.array(actions, np.float32), (num_envs, len(CONTROLS))
+    if actions.shape != shape:
+        raise ValueError(f"actions must have the shape {shape}, got {actions.shape}")
+    if not np.isfinite(actions).all():
+        raise ValueError(f"actions must be finite, got {actions[~np.isfinite(actions).all(-1)][0]}")
+    return actions
 
 
 def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -14,12 +17,21 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from rlsched.envs.mixtures import mixture
-from rlsched.envs.scheduling import ACTION_SPACE, OBSERVATION_SPACE, Array, SchedulingVectorEnv, seeds_of
+from rlsched.envs.scheduling import (
+    ACTION_SPACE,
+    OBSERVATION_SPACE,
+    Array,
+    SchedulingVectorEnv,
+    checked_actions,
+    seeds_of,
+)
 from rlsched.envs.tasks import InnerTask
 
 
 class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
     """A `SchedulingVectorEnv` whose runs are trained by several processes: the same episodes, on more cores.
+
+    The processes are spawned, so a script that makes one does so under `if __name__ == "__main__":`.
 
     Args:
         num_envs, tasks, options: those of `SchedulingVectorEnv`.
@@ -31,8 +43,11 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
     def __init__(
         self, num_envs: int, tasks: str | Sequence[InnerTask] = "mlp", *, processes: int = 2, **options: Any
     ) -> None:
+        self._pipes: list[Connection] = []
+        self._workers: list[BaseProcess] = []
         if not 1 <= processes <= num_envs:
             raise ValueError(f"processes must be between 1 and num_envs ({num_envs}), got {processes}")
+        family = mixture(tasks)
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = OBSERVATION_SPACE, ACTION_SPACE
         self.observation_space = batch_space(OBSERVATION_SPACE, num_envs)
@@ -40,9 +55,6 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         bounds = np.linspace(0, num_envs, processes + 1).round().astype(int)
         self._shards = [slice(a, b) for a, b in pairwise(bounds)]
         context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._workers = []
-        family = mixture(tasks)
         for shard in self._shards:
             first = shard.start % len(family)  # run i keeps the task i modulo their number
             rotated = family[first:] + family[:first]
@@ -54,6 +66,11 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
             far.close()
             self._pipes.append(pipe)
             self._workers.append(worker)
+        try:
+            self._answers()  # each worker's environment stands
+        except BaseException:
+            self.close()
+            raise
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -64,6 +81,7 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         return np.concatenate(observations), _join(infos)
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
+        actions = checked_actions(actions, self.num_envs)
         answers = self._ask("step", [actions[shard] for shard in self._shards])
         observations, rewards, terminated, truncated, infos = (list(part) for part in zip(*answers, strict=True))
         sizes = [shard.stop - shard.start for shard in self._shards]
@@ -77,17 +95,21 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
 
     def _ask(self, method: str, arguments: list[Any]) -> list[Any]:
         for pipe, argument in zip(self._pipes, arguments, strict=True):
-            pipe.send((method, argument))
+            with suppress(ConnectionError):  # the worker is dead: there will be no answer
+                pipe.send((method, argument))
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
         answers = []
         for pipe, worker in zip(self._pipes, self._workers, strict=True):
             try:
-                answer = pipe.recv()
-            except EOFError:
+                answers.append(pipe.recv())
+            except (EOFError, ConnectionError):
                 worker.join()
                 raise RuntimeError(f"a worker process of the environment died (exit code {worker.exitcode})") from None
+        for answer in answers:  # all of them are in: the next question gets its own answers
             if isinstance(answer, Exception):
                 raise answer
-            answers.append(answer)
         return answers
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -98,19 +120,21 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
 
 
 def _work(pipe: Connection, num_envs: int, tasks: Sequence[InnerTask], options: dict[str, Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted parent closes the pipe
     torch.set_num_threads(1)
-    env = SchedulingVectorEnv(num_envs, tasks, **options)
-    while True:
+    with suppress(EOFError, ConnectionError):  # the parent closed the pipe
         try:
-            method, argument = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            pipe.send(env.reset(seed=argument) if method == "reset" else env.step(argument))
-        except KeyboardInterrupt:
-            return
+            env = SchedulingVectorEnv(num_envs, tasks, **options)
         except Exception as error:
-            pipe.send(error)
+            return pipe.send(error)
+        pipe.send(None)
+        while True:
+            method, argument = pipe.recv()
+            try:
+                answer: Any = env.reset(seed=argument) if method == "reset" else env.step(argument)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)
 
 
 def _complete(infos: list[dict[str, Any]], sizes: list[int]) -> list[dict[str, Any]]:

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.random import Generator
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+Array = NDArray[Any]
 
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -52,13 +55,8 @@ class SetupDistribution:
     no_loss: float = 0.05  # probability that the policy is not told the loss
 
     def __post_init__(self) -> None:
-        for name in ("decisions", "sgd_lr", "adaptive_lr", "weight_decay"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be a range (low, high) with 0 < low <= high, got {(low, high)}")
-        for name in ("adaptive", "no_momentum", "other_momentum", "no_loss"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability in [0, 1], got {getattr(self, name)}")
+        _check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay")
+        _check_probabilities(self, "adaptive", "no_momentum", "other_momentum", "no_loss")
 
     def draw(self, rng: Generator, loss_scale: float) -> TrainingSetup:
         decisions = round(log_uniform(rng, *self.decisions))
@@ -81,9 +79,17 @@ class SetupDistribution:
 class InnerTask(Protocol):
     """A family of inner tasks that share one architecture, and so can be trained as one stack."""
 
-    batch_size: int
-    interval: int  # inner steps in a window
-    setup: SetupDistribution
+    @property
+    def batch_size(self) -> int:
+        """Points in a mini-batch."""
+
+    @property
+    def interval(self) -> int:
+        """Inner steps in a window."""
+
+    @property
+    def setup(self) -> SetupDistribution:
+        """How the episodes train."""
 
     @property
     def max_points(self) -> int:
@@ -114,19 +120,13 @@ class _Classification:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
-        for name in ("batch_size", "interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_counts(self, "batch_size", "interval")
+        _check_ranges(self, "gain", "loss_scale")
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden must hold widths of at least 1, got {self.hidden}")
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, targets)
-
-    def _mlp(self, inputs: int, classes: int) -> nn.Module:
-        widths = [inputs, *self.hidden]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
-            layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[self.activation]()]
-        return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
     def _initial_weights(self, rng: Generator, network: nn.Module) -> Tensor:
         gain = log_uniform(rng, *self.gain)
@@ -134,52 +134,90 @@ class _Classification:
 
 
 @dataclass(frozen=True)
-class TeacherStudent(_Classification):
-    """Labels from a random one-hidden-layer teacher on normal inputs with a power-law spectrum, some of them wrong."""
+class _Generated(_Classification):
+    """What the tasks on generated inputs share."""
 
     inputs: int = 24
     classes: int = 8
-    points: tuple[int, int] = (512, 4096)  # training points, log-uniform
+    # Training points, log-uniform. Enough that a small network does not learn them by heart in one run: tasks that
+    # overfit teach a policy to stop early, and then it stops early everywhere.
+    points: tuple[int, int] = (2048, 8192)
     validation_points: int = 128
     spectrum: tuple[float, float] = (0.0, 1.5)  # exponent of the inputs' standard deviations, uniform
     input_scale: tuple[float, float] = (0.3, 3.0)  # log-uniform
-    teacher_gain: tuple[float, float] = (1.0, 4.0)  # log-uniform
-    teacher_width: int = 16
-    label_noise: float = 0.15  # the most, uniform from 0, in half of the episodes; else none
+    label_noise: float = 0.1  # the most, uniform from 0, in a quarter of the episodes; else none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_counts(self, "inputs", "classes", "validation_points")
+        _check_ranges(self, "points", "input_scale")
+        _check_probabilities(self, "label_noise")
 
     @property
     def max_points(self) -> int:
         return self.points[1]
 
     def network(self) -> nn.Module:
-        return _cached_mlp(self)
+        return _mlp(self.inputs, self.hidden, self.classes, self.activation)
 
     def episode(self, rng: Generator) -> Episode:
         points = round(log_uniform(rng, *self.points))
-        spectrum = np.arange(1, self.inputs + 1, dtype=np.float32) ** -rng.uniform(*self.spectrum)
+        spectrum = np.arange(1, self.inputs + 1, dtype=np.float32) ** np.float32(-rng.uniform(*self.spectrum))
         rng.shuffle(spectrum)
-        spectrum *= np.float32(log_uniform(rng, *self.input_scale) / np.sqrt(np.mean(spectrum**2)))
-        inputs = spectrum * rng.standard_normal((points + self.validation_points, self.inputs), dtype=np.float32)
-        targets = self._labels(rng, inputs / np.sqrt(np.mean(spectrum**2)))
-        x, y = torch.from_numpy(inputs), torch.from_numpy(targets)
-        return Episode(
-            self._initial_weights(rng, self.network()),
-            x[:points],
-            y[:points],
-            x[points:],
-            y[points:],
-            log_uniform(rng, *self.loss_scale),
-        )
+        spectrum /= np.sqrt(np.mean(spectrum**2))
+        inputs, targets = self._draw(rng, points + self.validation_points, spectrum)
+        if rng.random() < 0.25:
+            wrong = rng.random(len(targets)) < rng.uniform(0, self.label_noise)
+            targets = np.where(wrong, rng.integers(self.classes, size=len(targets)), targets)
+        x = torch.from_numpy(inputs) * log_uniform(rng, *self.input_scale)
+        y = torch.from_numpy(targets)
+        weights = self._initial_weights(rng, self.network())
+        return Episode(weights, x[:points], y[:points], x[points:], y[points:], log_uniform(rng, *self.loss_scale))
 
-    def _labels(self, rng: Generator, inputs: np.ndarray) -> np.ndarray:
-        gain = log_uniform(rng, *self.teacher_gain)
-        first = rng.standard_normal((self.inputs, self.teacher_width), dtype=np.float32) / np.sqrt(self.inputs)
+    def _draw(self, rng: Generator, count: int, spectrum: Array) -> tuple[Array, Array]:
+        """Inputs (count, inputs) of about unit scale, and labels (count,)."""
+        raise TypeError("a task on generated inputs says how they are drawn")
+
+
+@dataclass(frozen=True)
+class TeacherStudent(_Generated):
+    """Labels from a random one-hidden-layer teacher on normal inputs with a power-law spectrum: hard to learn."""
+
+    teacher_gain: tuple[float, float] = (1.0, 4.0)  # log-uniform
+    teacher_width: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_counts(self, "teacher_width")
+        _check_ranges(self, "teacher_gain")
+
+    def _draw(self, rng: Generator, count: int, spectrum: Array) -> tuple[Array, Array]:
+        inputs = spectrum * rng.standard_normal((count, self.inputs), dtype=np.float32)
+        gain = np.float32(log_uniform(rng, *self.teacher_gain))
+        first = gain * rng.standard_normal((self.inputs, self.teacher_width), dtype=np.float32) / np.sqrt(self.inputs)
         second = rng.standard_normal((self.teacher_width, self.classes), dtype=np.float32)
-        labels = (np.tanh(gain * inputs @ first) @ second).argmax(-1)
-        if rng.random() < 0.5:
-            wrong = rng.random(len(labels)) < rng.uniform(0, self.label_noise)
-            labels = np.where(wrong, rng.integers(self.classes, size=len(labels)), labels)
-        return labels
+        return inputs, (np.tanh(inputs @ first.astype(np.float32)) @ second).argmax(-1)
+
+
+@dataclass(frozen=True)
+class Prototypes(_Generated):
+    """Each class is a few random points, and inputs are noisy copies of them: images of digits are like that."""
+
+    prototypes: tuple[int, int] = (1, 6)  # of a class, uniform
+    separation: tuple[float, float] = (2.0, 7.0)  # half the distance of two prototypes over the noise; log-uniform
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_ranges(self, "prototypes", "separation")
+
+    def _draw(self, rng: Generator, count: int, spectrum: Array) -> tuple[Array, Array]:
+        prototypes = int(rng.integers(self.prototypes[0], self.prototypes[1] + 1))
+        # Two normal points in d dimensions are √(2d) apart.
+        noise = np.float32(np.sqrt(self.inputs / 2) / log_uniform(rng, *self.separation))
+        centres = rng.standard_normal((self.classes * prototypes, self.inputs), dtype=np.float32)
+        which = rng.integers(len(centres), size=count)
+        inputs = centres[which] + noise * rng.standard_normal((count, self.inputs), dtype=np.float32)
+        return spectrum * inputs / np.sqrt(1 + noise**2), which % self.classes
 
 
 @dataclass(frozen=True)
@@ -195,7 +233,7 @@ class Digits(_Classification):
         return len(_digits()[1]) // 5
 
     def network(self) -> nn.Module:
-        return _cached_mlp(self)
+        return _mlp(64, self.hidden, 10, self.activation)
 
     def episode(self, rng: Generator) -> Episode:
         x, y = _digits()
@@ -206,10 +244,13 @@ class Digits(_Classification):
 
 
 @lru_cache(maxsize=64)
-def _cached_mlp(task: TeacherStudent | Digits) -> nn.Module:
-    if isinstance(task, Digits):
-        return task._mlp(64, 10)
-    return task._mlp(task.inputs, task.classes)
+def _mlp(inputs: int, hidden: tuple[int, ...], classes: int, activation: str) -> nn.Module:
+    """A perceptron; its weights are never used, so one serves all."""
+    widths = [inputs, *hidden]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
 
 @lru_cache(maxsize=1)
@@ -218,6 +259,25 @@ def _digits() -> tuple[Tensor, Tensor]:
 
     data = load_digits()
     return torch.from_numpy(data.data / 16).float(), torch.from_numpy(data.target).long()
+
+
+def _check_counts(config: object, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def _check_ranges(config: object, *names: str) -> None:
+    for name in names:
+        low, high = getattr(config, name)
+        if not 0 < low <= high:
+            raise ValueError(f"{name} must be a range (low, high) with 0 < low <= high, got {(low, high)}")
+
+
+def _check_probabilities(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is a probability in [0, 1], got {getattr(config, name)}")
 
 
 def log_uniform(rng: Generator, low: float, high: float) -> float:

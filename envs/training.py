@@ -8,10 +8,10 @@ follows the gradient is elementwise. The updates are those of `torch.optim.SGD` 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo
 from numpy.random import Generator
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
@@ -72,36 +72,44 @@ class InnerTraining:
 
         self._loss = vmap(loss)
         self._gradient = vmap(grad_and_value(loss))
+        self._compile = compile
         self._graph = torch.compile(self._inner_step, dynamic=False) if compile else self._inner_step
 
-        matrix = torch.zeros(size, parameters)
-        self.networks = Networks(*(matrix.clone() for _ in range(4)), torch.full((size,), torch.nan), torch.zeros(size))
+        matrix, vector = torch.zeros(size, parameters), torch.zeros(size)
+        self.networks = Networks(matrix, matrix.clone(), matrix.clone(), matrix.clone(), vector, vector.clone())
         self.settings = Settings(*(torch.ones(size) for _ in Settings._fields))
         self._data: _Data | None = None
 
     def begin(self, slots: list[int], rngs: list[Generator]) -> None:
         """Draw a new episode for each of `slots`, from its own generator."""
+        setups, loss_scales, points = [], [], []
         for slot, rng in zip(slots, rngs, strict=True):
             episode = self.task.episode(rng)
-            setup = self.task.setup.draw(rng, episode.loss_scale)
+            setups.append(self.task.setup.draw(rng, episode.loss_scale))
+            loss_scales.append(episode.loss_scale)
             if self._data is None:
-                self._data = _Data(self.size, self.task, episode.inputs, episode.validation_inputs)
-            points = self._data.put(slot, episode)
-            state = (episode.params, 0.0, 0.0, 0.0, torch.nan, 0.0)
-            for tensor, value in zip(self.networks, state, strict=True):
-                tensor[slot] = value
-            settings = Settings(
-                total_steps=1 + setup.decisions * self.task.interval,  # the first step is on its own
-                adaptive=1 if setup.adaptive else -1,
-                lr=setup.lr,
-                momentum=setup.momentum,
-                weight_decay=setup.weight_decay,
-                loss_scale=episode.loss_scale,
-                points=points,
-                loss_reported=setup.loss_reported,
-            )
-            for tensor, value in zip(self.settings, settings, strict=True):
-                tensor[slot] = value
+                self._data = _Data(self.size, self.task.max_points, episode)
+            points.append(self._data.put(slot, episode))
+            self.networks.params[slot] = episode.params
+        for tensor in self.networks[1:]:
+            tensor[slots] = 0.0
+        self.networks.average_norm[slots] = torch.nan
+
+        def column(values: list[Any]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32)
+
+        drawn = Settings(
+            total_steps=column([1 + s.decisions * self.task.interval for s in setups]),  # the first is on its own
+            adaptive=column([1 if s.adaptive else -1 for s in setups]),
+            lr=column([s.lr for s in setups]),
+            momentum=column([s.momentum for s in setups]),
+            weight_decay=column([s.weight_decay for s in setups]),
+            loss_scale=column(loss_scales),
+            points=column(points),
+            loss_reported=column([s.loss_reported for s in setups]),
+        )
+        for tensor, values in zip(self.settings, drawn, strict=True):
+            tensor[slots] = values
 
     def run(self, slots: slice | list[int]) -> Run:
         """What the signals need to know of the episodes in `slots`."""
@@ -130,7 +138,7 @@ class InnerTraining:
         hyperparameters = _hyperparameters(states, self.settings)
         steps = []
         # Every task and size is a graph of its own; torch stops compiling at the ninth unless told otherwise.
-        with torch._dynamo.config.patch(recompile_limit=256):
+        with torch._dynamo.config.patch(cache_size_limit=256) if self._compile else nullcontext():
             for i in range(interval):
                 measure = moments.is_measured(i, interval)
                 self.networks, step = self._graph(
@@ -216,16 +224,18 @@ def _hyperparameters(states: Tensor, settings: Settings) -> Hyperparameters:
 class _Data:
     """The data of all networks in preallocated tensors."""
 
-    def __init__(self, size: int, task: InnerTask, inputs: Tensor, validation_inputs: Tensor) -> None:
-        self.points = task.max_points
-        self.inputs = torch.zeros(size * self.points, *inputs.shape[1:])
-        self.targets = torch.zeros(size * self.points, dtype=torch.long)
-        self.validation_inputs = torch.zeros(size, *validation_inputs.shape)
-        self.validation_targets = torch.zeros(size, len(validation_inputs), dtype=torch.long)
+    def __init__(self, size: int, points: int, like: Episode) -> None:
+        self.points = points
+        self.inputs = like.inputs.new_zeros(size * points, *like.inputs.shape[1:])
+        self.targets = like.targets.new_zeros(size * points, *like.targets.shape[1:])
+        self.validation_inputs = like.validation_inputs.new_zeros(size, *like.validation_inputs.shape)
+        self.validation_targets = like.validation_targets.new_zeros(size, *like.validation_targets.shape)
 
     def put(self, slot: int, episode: Episode) -> int:
         """Store an episode's data; returns its number of training points."""
         start, points = slot * self.points, len(episode.targets)
+        if points > self.points:
+            raise ValueError(f"max_points of the inner task is {self.points}, but an episode has {points} points")
         self.inputs[start : start + points] = episode.inputs
         self.targets[start : start + points] = episode.targets
         self.validation_inputs[slot] = episode.validation_inputs
@@ -236,4 +246,4 @@ class _Data:
         """Inputs and targets of `rows` (steps, slots, batch) of the networks in `slots`."""
         index = (rows + (slots * self.points)[:, None]).flatten()
         inputs = self.inputs.index_select(0, index).view(*rows.shape, *self.inputs.shape[1:])
-        return inputs, self.targets.index_select(0, index).view(rows.shape)
+        return inputs, self.targets.index_select(0, index).view(*rows.shape, *self.targets.shape[1:])

@@ -55,7 +55,7 @@ def fallback_schedule(step: Number, total_steps: Number) -> Number:
 
 def initial_state(momentum: Tensor) -> Tensor:
     """The control state that means the fallback schedule, from base momenta of shape (*batch,) in [0, 1)."""
-    state = torch.zeros(*momentum.shape, len(CONTROLS), dtype=momentum.dtype)
+    state = momentum.new_zeros(*momentum.shape, len(CONTROLS))
     state[..., MOMENTUM] = -torch.log10(1 - momentum)
     state[..., CLIP] = CONTROLS[CLIP].high
     return state

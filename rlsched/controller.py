@@ -27,12 +27,13 @@ SAMPLE = 2**16  # parameters on which directions and updates are measured; a sma
 ADAPTIVE = {"RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"}  # beside all optimizers with `betas`
 AVERAGING = {"Muon"}  # optimizers whose `momentum` averages gradients; torch's others sum them
 BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their momentum
+NEVER = -1  # the next decision, after the last one
 
 # Keys of a controller's state_dict.
 PER_GROUP = ("base_lrs", "base_momenta")
 SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped")
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad", "nonfinite")
-HISTORY, TOTAL_STEPS, CONTROLS, POLICY = "history", "total_steps", "controls", "policy"
+HISTORY, TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "history", "total_steps", "interval", "controls", "policy"
 
 
 class Controller:
@@ -78,15 +79,16 @@ class Controller:
         self._adopt_new_groups()
         self.step_count = 0  # inner steps done
         self.skipped = 0  # calls of step without any gradient
-        self.window_start, self.window_length, self.next_decision = 0, 1, 1  # the first step is a window of its own
+        self.window_start, self.window_length = 0, 1  # the first step is a window of its own
+        self.next_decision = 1 if total_steps > 1 else NEVER
         self.average_norm: Tensor | None = None  # 0-d, on the parameters' device, like all that is measured
         self.window: Tensor | None = None  # (fields of Moments, interval)
         self.last_grad: Tensor | None = None  # (sample,)
         self.nonfinite: Tensor | None = None  # 0-d, inner steps of this window that were not finite
-        self.base_state = control.initial_state(torch.tensor(self._first_momentum()))
+        self.base_state = control.initial_state(_host(self._first_momentum()))
         self.control_state = self.base_state.clone()
-        self.history = signals.start()
-        self._mask = torch.tensor([float(name in self.controls) for name in CONTROL_NAMES])
+        self.history = signals.start(device=self.base_state.device)
+        self._mask = _host([float(name in self.controls) for name in CONTROL_NAMES])
         if math.isnan(self.base_momenta[0]) or self.base_momenta[0] == 0:
             self._mask[MOMENTUM] = 0
         self._losses: list[Tensor] = []
@@ -100,7 +102,8 @@ class Controller:
     def observe(self, loss: Tensor | float) -> None:
         """Report the loss of the step to come: once, or once per micro-batch (the step then sees their mean)."""
         if not isinstance(loss, Tensor):
-            loss = torch.tensor(float(loss))
+            device = next(iter(self._parameters())).device
+            loss = torch.full((), float(loss), dtype=torch.float32, device=device)  # does not wait, as a copy would
         if loss.numel() != 1:
             raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}")
         self._losses.append(loss.detach().reshape(()).float())
@@ -120,9 +123,10 @@ class Controller:
         loss = torch.stack([x.to(device) for x in losses]).mean() if losses else None
         self._loss_was_reported |= loss is not None
         if self.window is None:
-            self.window = torch.full((len(Moments._fields), self.interval), torch.nan, device=device)
-            self.average_norm = torch.tensor(torch.nan, device=device)
-            self.nonfinite = torch.tensor(0.0, device=device)
+            like: dict[str, Any] = {"dtype": torch.float32, "device": device}
+            self.window = torch.full((len(Moments._fields), self.interval), torch.nan, **like)
+            self.average_norm = torch.tensor(torch.nan, **like)
+            self.nonfinite = torch.tensor(0.0, **like)
         if self.step_count == self.next_decision:
             self._decide()
         self._set_hyperparameters()
@@ -145,18 +149,15 @@ class Controller:
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
         state = {name: list(v) if name in PER_GROUP else v for name, v in state.items()}
         state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
-        state[HISTORY] = torch.stack(self.history)
-        state |= {TOTAL_STEPS: self.total_steps, CONTROLS: list(self.controls), POLICY: self.policy.digest}
-        return state
+        return {**state, HISTORY: torch.stack(self.history), **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was.
 
         Raises:
-            ValueError: the state is of a run with another policy, other controls or another total_steps.
+            ValueError: the state is of a run with another policy, other controls, total_steps or decisions.
         """
-        here = {TOTAL_STEPS: self.total_steps, CONTROLS: list(self.controls), POLICY: self.policy.digest}
-        for name, value in here.items():
+        for name, value in self._identity().items():
             if state_dict[name] != value:
                 raise ValueError(f"state_dict is of a run with {name}={state_dict[name]!r}, this one has {value!r}")
         device = next(iter(self._parameters())).device
@@ -169,6 +170,15 @@ class Controller:
             setattr(self, name, None if value is None else value.clone().to(where))
         self.history = History(*state_dict[HISTORY].cpu().unbind())
         self._losses = []
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must have in common for one to go on where the other was."""
+        return {
+            TOTAL_STEPS: self.total_steps,
+            INTERVAL: self.interval,
+            CONTROLS: list(self.controls),
+            POLICY: self.policy.digest,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": []}
@@ -191,7 +201,7 @@ class Controller:
                 "no loss",
                 "no loss was reported, so the schedule follows the gradients alone: pass step(loss=loss) or a closure",
             )
-        step = torch.tensor(float(self.step_count))
+        step = _host(float(self.step_count))
         acts = bool(self._mask.any())
         if self.step_count == 1 and self._probes():
             self.control_state = control.safe_start(
@@ -205,7 +215,7 @@ class Controller:
                 self.step_count,
             )
         observation, self.history = signals.observe(window, self._run(), self.history, step, self.control_state)
-        action = self.policy.act(observation) * self._mask if acts else torch.zeros(len(CONTROL_NAMES))
+        action = self.policy.act(observation) * self._mask if acts else torch.zeros_like(self._mask)
         before = self.control_state
         self.control_state = control.move(before, action, step / self.total_steps, self.base_state)
         self._rescale_momentum(float(before[MOMENTUM]), float(self.control_state[MOMENTUM]))
@@ -214,7 +224,7 @@ class Controller:
         self.window_start, self.window_length = self.step_count, self.interval
         self.next_decision += self.interval
         if self.next_decision >= self.total_steps:  # the last window takes what is left, and nothing follows it
-            self.next_decision = -1
+            self.next_decision = NEVER
         self._log_decision(window, observation, action)
 
     def _log_decision(self, window: Moments, observation: Tensor, action: Tensor) -> None:
@@ -237,10 +247,9 @@ class Controller:
         return self.policy.safe_start and bool(self._mask[LR])
 
     def _run(self) -> Run:
-        kind = type(self.optimizer).__name__
-        adaptive = kind in ADAPTIVE or "betas" in self.optimizer.param_groups[0]
+        adaptive = self._is_one_of(ADAPTIVE) or "betas" in self.optimizer.param_groups[0]
         numbers = (self.total_steps, self.interval, 1 if adaptive else -1)
-        return Run(*(torch.tensor(float(x)) for x in numbers))
+        return Run(*(_host(float(x)) for x in numbers))
 
     # --- Setting hyperparameters ------------------------------------------------------------------------------------
 
@@ -292,8 +301,11 @@ class Controller:
                 elif "momentum" in group:
                     group["momentum"] = self._momentum(i)
 
+    def _is_one_of(self, names: set[str]) -> bool:
+        return any(kind.__name__ in names for kind in type(self.optimizer).__mro__)
+
     def _sums_gradients(self) -> bool:
-        return "betas" not in self.optimizer.param_groups[0] and type(self.optimizer).__name__ not in AVERAGING
+        return "betas" not in self.optimizer.param_groups[0] and not self._is_one_of(AVERAGING)
 
     def _rescale_momentum(self, old: float, new: float) -> None:
         """Keep the size of the update apart from momentum, where the optimizer's buffer is a sum of gradients.
@@ -322,6 +334,11 @@ class Controller:
             warnings.warn(f"rlsched: {message}", stacklevel=4)
 
 
+def _host(value: float | list[float]) -> Tensor:
+    """A tensor of what is decided with, whatever the default dtype and device."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 class _Step:
     """What is measured around one inner step."""
 
@@ -338,7 +355,9 @@ class _Step:
         if self.measured or moments.is_measured(self.column + 1, c.window_length):
             grad = self._sample(c, [p.grad for p in c._parameters()])
             if self.measured:
-                last = torch.zeros_like(grad) if c.last_grad is None else c.last_grad
+                last = c.last_grad
+                if last is None or last.shape != grad.shape:  # at first, and when parameters have been added
+                    last = torch.zeros_like(grad)
                 momentum = self._momentum(c, last)
                 cosines = moments.cosine(grad, last), moments.cosine(grad, momentum)
                 # Scaled so that the sample's squared norm is the whole gradient's.
@@ -348,7 +367,7 @@ class _Step:
             c.last_grad = torch.where(finite, grad, 0.0)
 
         safety.zero_unless(finite, grads)
-        multiple = control.clip_multiple(c.control_state[CLIP]).to(grad_norm.device)
+        multiple = float(control.clip_multiple(c.control_state[CLIP]))
         coefficient = moments.clip_coefficient(grad_norm, c.average_norm, multiple)
         if c.max_grad_norm is not None:
             coefficient = torch.minimum(coefficient, c.max_grad_norm / grad_norm.clamp(min=1e-30))
@@ -385,7 +404,7 @@ class _Step:
         for parameter, tensor in zip(parameters, tensors, strict=True):
             count = math.ceil(share * parameter.numel())
             if tensor is None:
-                parts.append(torch.zeros(count, device=parameter.device))
+                parts.append(torch.zeros(count, dtype=torch.float32, device=parameter.device))
             else:
                 parts.append(tensor.detach().reshape(-1)[:count].float())
         return torch.cat(parts)

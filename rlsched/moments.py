@@ -52,7 +52,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def update_moments(before: Tensor, after: Tensor, grad: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
     """`update_ratio` and `predicted_decrease` of the step from the weights `before` to `after`."""
     update = before - after
-    return norm(update) / norm(before).clamp(min=1e-12), dot(update, grad) / loss
+    decrease = torch.where(loss > 0, dot(update, grad) / loss, torch.nan)
+    return norm(update) / norm(before).clamp(min=1e-12), decrease
 
 
 def average_norm(average: Tensor, grad_norm: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def average_norm(average: Tensor, grad_norm: Tensor) -> Tensor:
     return torch.where(average.isnan(), grad_norm, NORM_DECAY * average + (1 - NORM_DECAY) * bounded)
 
 
-def clip_coefficient(grad_norm: Tensor, average: Tensor, multiple: Tensor) -> Tensor:
+def clip_coefficient(grad_norm: Tensor, average: Tensor, multiple: Tensor | float) -> Tensor:
     """Factor in (0, 1] that brings the gradient norm down to `multiple` times its running average."""
     threshold = torch.where(average.isnan(), torch.inf, multiple * average.clamp(min=1e-30))
     return (threshold / grad_norm.clamp(min=1e-30)).clamp(max=1)

@@ -74,7 +74,7 @@ class ScheduledOptimizer(Optimizer):
         super().__setstate__({"defaults": optimizer.defaults})
 
     # Optimizers rebind these in load_state_dict, so a copied reference would go stale.
-    @property  # type: ignore[override]
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
@@ -82,7 +82,7 @@ class ScheduledOptimizer(Optimizer):
     def param_groups(self, value: list[dict[str, Any]]) -> None:
         self.optimizer.param_groups = value
 
-    @property  # type: ignore[override]
+    @property
     def state(self) -> Any:
         return self.optimizer.state
 
@@ -106,13 +106,13 @@ class ScheduledOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        elif isinstance(self.optimizer, LBFGS):
+            raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
         if loss is not None:
             self.controller.observe(loss)
         self.controller.before()
         if isinstance(self.optimizer, LBFGS):
-            if closure is None:
-                raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
-            self.optimizer.step(closure)  # type: ignore[arg-type]
+            self.optimizer.step(closure)
         else:
             self.optimizer.step()
         self.controller.after()
@@ -128,11 +128,11 @@ class ScheduledOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state_dict, with the controller's under "rlsched"."""
         return {**self.optimizer.state_dict(), STATE_KEY: self.controller.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was; see `Controller.load_state_dict` for the errors."""
         if STATE_KEY not in state_dict:
             raise ValueError(
@@ -190,5 +190,7 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
     def after(*_: Any) -> None:
         controller.after()
 
+    # Left to a fused optimizer, GradScaler would pass on scaled gradients, and steps that are to be skipped.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     controller._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
     return controller

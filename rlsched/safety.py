@@ -21,10 +21,14 @@ def is_finite(grad_norm: Tensor, loss: Tensor | None) -> Tensor:
 
 def zero_unless(finite: Tensor, grads: Iterable[Tensor]) -> None:
     """Zero the gradients of a step that is not finite, without waiting for an accelerator."""
-    if finite.device.type == "cpu":
-        if not finite:
-            torch._foreach_zero_(list(grads))
-        return
+    if finite.device.type != "cpu":
+        mask_unless(finite, grads)
+    elif not finite:
+        torch._foreach_zero_(list(grads))
+
+
+def mask_unless(finite: Tensor, grads: Iterable[Tensor]) -> None:
+    """The same without looking at `finite` from the host."""
     for grad in grads:
         grad.masked_fill_(~finite, 0)
 

@@ -139,7 +139,8 @@ OBSERVATION_NAMES = tuple(observation.name for observation in OBSERVATIONS)
 
 def start(batch: torch.Size | tuple[int, ...] = (), device: torch.device | None = None) -> History:
     """The history of runs that have not begun."""
-    return History(*torch.full((len(History._fields), *batch), torch.nan, device=device).unbind())
+    unseen = torch.full((len(History._fields), *batch), torch.nan, dtype=torch.float32, device=device)
+    return History(*unseen.unbind())
 
 
 def observe(window: Moments, run: Run, history: History, step: Tensor, control: Tensor) -> tuple[Tensor, History]:

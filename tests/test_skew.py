@@ -1,5 +1,6 @@
 """What a policy sees in a user's loop is what it saw in training: an episode, replayed through the wrapper."""
 
+import copy
 from contextlib import nullcontext
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_wrapper_sees_and_decides_what_the_environment_did(setup, safe_start):
         rng = np.random.default_rng(seed + run)
         initial[run] = task.episode(rng).params
         batches = replay_batches(training, run, seed + run)
-        network = task._mlp(task.inputs, task.classes)
+        network = copy.deepcopy(task.network())
         vector_to_parameters(initial[run], network.parameters())
         lr, momentum = float(settings.lr[run]), float(settings.momentum[run])
         decay = float(settings.weight_decay[run])

@@ -1,0 +1,229 @@
+"""One training run under one schedule, and all runs of a comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+from tqdm import tqdm
+
+import rlsched
+from rlsched import ScheduledOptimizer, SchedulePolicy
+from rlsched.experiments.compare.tasks import TASKS, Data, Task
+
+RUNS, TENSORBOARD = "runs.jsonl", "tensorboard"
+POLICY = "policy"
+EVALUATIONS = 50  # of the validation loss, in a run
+SCHEDULES: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
+    "constant": lambda optimizer, steps: LambdaLR(optimizer, lambda _: 1.0),
+    "linear": lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1 - step / steps),
+    "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base optimizer at its usual default learning rate."""
+
+    make: Callable[..., Optimizer]
+    lr: float
+    options: dict[str, float]
+
+
+OPTIMIZERS = {
+    "sgd": Base(SGD, 0.1, {"momentum": 0.9}),
+    "adam": Base(Adam, 1e-3, {}),
+    "adamw": Base(AdamW, 1e-3, {}),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare: the product of its lists."""
+
+    tasks: tuple[str, ...] = ("digits",)
+    optimizers: tuple[str, ...] = ("sgd", "adam")
+    steps: tuple[int, ...] = (400,)
+    seeds: int = 3
+    policy_factors: tuple[float, ...] = (0.1, 1.0, 10.0)  # base lr of the policy's runs, over the usual default
+    sweep: tuple[float, ...] = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # base lrs that the other schedules are tuned over
+
+    def __post_init__(self) -> None:
+        for name, given, known in (("tasks", self.tasks, TASKS), ("optimizers", self.optimizers, OPTIMIZERS)):
+            if not given or not set(given) <= set(known):
+                raise ValueError(f"{name} must be some of {sorted(known)}, got {list(given)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
+        for name in ("steps", "policy_factors", "sweep"):
+            if not getattr(self, name) or min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name} must be positive numbers, got {list(getattr(self, name))}")
+
+    def runs(self) -> Iterator[Run]:
+        for task, optimizer, steps, seed in product(self.tasks, self.optimizers, self.steps, range(self.seeds)):
+            for factor in self.policy_factors:
+                yield Run(task, optimizer, steps, POLICY, round(factor, 4), seed)
+            for schedule, factor in product(SCHEDULES, self.sweep):
+                yield Run(task, optimizer, steps, schedule, round(factor, 4), seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    task: str
+    optimizer: str
+    steps: int
+    schedule: str
+    lr_factor: float  # on the optimizer's usual default
+    seed: int
+
+
+def compare(plan: Plan, policy: SchedulePolicy, out: Path, data: Path | None = None) -> None:
+    """Do the runs of a plan that `out/runs.jsonl` does not have yet, and add a line for each.
+
+    Args:
+        plan: what to compare.
+        policy: the scheduling policy.
+        out: folder for the results; TensorBoard logs of the first seed's runs go to its `tensorboard`.
+        data: folder of the data files, for tasks that need them.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / RUNS
+    done = {_key(row["run"], row["policy"]) for row in read(path)} if path.exists() else set()
+    missing = [run for run in plan.runs() if _key(asdict(run), _policy_of(run, policy)) not in done]
+    for task in {run.task for run in missing}:
+        TASKS[task].data(data)  # a missing file is better known before the first run than after an hour
+    origin = provenance()
+    with path.open("a") as file:
+        for run in tqdm(missing, desc="comparing", unit="run"):
+            log_dir = (
+                out / TENSORBOARD / f"{run.task}-{run.optimizer}-{run.steps}" / f"{run.schedule}-x{run.lr_factor:g}"
+            )
+            result = perform(run, policy, data, log_dir if run.seed == 0 else None)
+            row = {"run": asdict(run), "policy": _policy_of(run, policy), **result, "provenance": origin}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+
+def perform(
+    run: Run, policy: SchedulePolicy, folder: Path | None = None, log_dir: Path | None = None
+) -> dict[str, Any]:
+    """Do one run. The initial weights and the order of the data depend on the seed alone."""
+    task, base = TASKS[run.task], OPTIMIZERS[run.optimizer]
+    data = task.data(folder)
+    torch.manual_seed(run.seed)
+    network = task.network()
+    writer = None
+    if log_dir is not None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        writer = SummaryWriter(str(log_dir))
+    optimizer = base.make(network.parameters(), lr=base.lr * run.lr_factor, **base.options)
+    scheduler = None
+    if run.schedule == POLICY:
+        optimizer = ScheduledOptimizer(optimizer, total_steps=run.steps, policy=policy, writer=writer)
+    else:
+        scheduler = SCHEDULES[run.schedule](optimizer, run.steps)
+
+    curve = []
+    start = time.perf_counter()
+    for step, (x, y) in enumerate(_batches(task, data, run)):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(network(x), y)
+        loss.backward()
+        if scheduler is None:
+            optimizer.step(loss=loss)  # type: ignore[call-arg]
+        else:
+            optimizer.step()
+        group = optimizer.param_groups[0]
+        lr, momentum = float(group["lr"]), float(group["betas"][0] if "betas" in group else group["momentum"])
+        if scheduler is not None:
+            scheduler.step()
+        if (step + 1) % max(1, run.steps // EVALUATIONS) == 0 or step + 1 == run.steps:
+            validation_loss, accuracy = validate(network, data)
+            curve.append((step + 1, validation_loss, accuracy, lr, momentum))
+            if writer is not None:
+                names = ("validation_loss", "accuracy", "lr", "momentum")
+                for name, value in zip(names, curve[-1][1:], strict=True):
+                    writer.add_scalar(f"compare/{name}", value, step + 1)
+                writer.add_scalar("compare/train_loss", loss.item(), step + 1)
+    seconds = time.perf_counter() - start
+    if writer is not None:
+        writer.close()
+    return {
+        "log_loss": math.log(curve[-1][1]) if math.isfinite(curve[-1][1]) else math.nan,
+        "accuracy": curve[-1][2],
+        "seconds": seconds,
+        "curve": curve,
+    }
+
+
+@torch.no_grad()
+def validate(network: nn.Module, data: Data) -> tuple[float, float]:
+    """Validation loss and accuracy; a loss beyond all bounds is infinite."""
+    outputs = network(data.validation_inputs)
+    loss = float(nn.functional.cross_entropy(outputs, data.validation_labels))
+    accuracy = float((outputs.argmax(-1) == data.validation_labels).float().mean())
+    return (loss if math.isfinite(loss) else math.inf), accuracy
+
+
+def _batches(task: Task, data: Data, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """`run.steps` mini-batches, epoch after epoch in a new order."""
+    generator = torch.Generator().manual_seed(run.seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(run.steps):
+        if len(order) < task.batch_size:
+            order = torch.randperm(len(data.labels), generator=generator)
+        rows, order = order[: task.batch_size], order[task.batch_size :]
+        yield data.inputs[rows], data.labels[rows]
+
+
+def provenance() -> dict[str, str]:
+    """Where a result comes from: versions, commit and machine."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "rlsched": rlsched.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The results in a `runs.jsonl`."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a result ({error}); delete the line and run again"
+            ) from None
+    return rows
+
+
+def _policy_of(run: Run, policy: SchedulePolicy) -> str | None:
+    return policy.digest if run.schedule == POLICY else None
+
+
+def _key(run: dict[str, Any], policy: str | None) -> tuple[Any, ...]:
+    return (*run.values(), policy)

@@ -1,0 +1,101 @@
+"""attach(): the same schedule through hooks, on an optimizer that stays the user's own."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same_weights, lively_policy, loss_at, network, train
+
+from rlsched import ScheduledOptimizer, attach
+
+STEPS = 40
+OPTIONS = {"total_steps": STEPS, "policy": lively_policy()}
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, 0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+}
+
+
+def by_keyword(controller, optimizer, closure):
+    """optimizer.step(loss=loss), which a plain optimizer does not know."""
+    optimizer.step(loss=closure())
+
+
+def by_observe(controller, optimizer, closure):
+    """observe, then the step of any framework."""
+    controller.observe(closure())
+    optimizer.step()
+
+
+def by_closure(controller, optimizer, closure):
+    """optimizer.step(closure)."""
+    assert optimizer.step(closure).requires_grad
+
+
+def by_closure_keyword(controller, optimizer, closure):
+    """optimizer.step(closure=closure), as Lightning calls it."""
+    assert optimizer.step(closure=closure).requires_grad
+
+
+@pytest.mark.parametrize("report", [by_keyword, by_observe, by_closure, by_closure_keyword])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_attached_run_is_the_wrapped_run(make, report):
+    """The two faces would train different networks; or a closure would be evaluated twice."""
+    wrapped, attached = network(), network()
+    train(wrapped, ScheduledOptimizer(make(wrapped.parameters()), **OPTIONS), range(STEPS))
+    optimizer = make(attached.parameters())
+    controller = attach(optimizer, **OPTIONS)
+    evaluated = []
+    for step in range(STEPS):
+
+        def closure(step=step):
+            evaluated.append(step)
+            optimizer.zero_grad()
+            loss = loss_at(attached, step)
+            loss.backward()
+            return loss
+
+        report(controller, optimizer, closure)
+    assert evaluated == list(range(STEPS))
+    assert_same_weights(attached, wrapped)
+
+
+def test_optimizer_stays_the_users_own():
+    """Checkpoints and frameworks that know the optimizer's class and state would break."""
+    model, plain = network(), network()
+    optimizer, other = (torch.optim.AdamW(m.parameters(), 0.01) for m in (model, plain))
+    attach(optimizer, **OPTIONS)
+    train(model, optimizer, range(3))
+    for step in range(3):
+        loss_at(plain, step).backward()
+        other.step()
+    assert type(optimizer) is torch.optim.AdamW
+    ours, theirs = optimizer.state_dict(), other.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert ours["param_groups"][0].keys() == theirs["param_groups"][0].keys()
+    assert ours["state"][0].keys() == theirs["state"][0].keys()
+
+
+def test_detached_optimizer_is_plain_again():
+    """A schedule that cannot be taken off would follow the optimizer into its next use."""
+    model, plain = network(), network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    controller = attach(optimizer, **OPTIONS)
+    train(model, optimizer, range(10))
+    controller.detach()
+    plain.load_state_dict(model.state_dict())
+    other = torch.optim.SGD(plain.parameters(), 0.1, 0.9)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch would share the buffers
+    for step in range(10, 15):
+        for m, o in ((model, optimizer), (plain, other)):
+            o.zero_grad()
+            loss_at(m, step).backward()
+            o.step()
+    assert_same_weights(model, plain)
+    assert controller.step_count == 10
+
+
+def test_lbfgs_is_refused():
+    """A closure that is evaluated once would leave LBFGS without its line search."""
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss inside its step; use ScheduledOptimizer"):
+        attach(torch.optim.LBFGS(network().parameters()), **OPTIONS)

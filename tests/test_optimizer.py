@@ -1,0 +1,748 @@
+"""ScheduledOptimizer in a training loop: what it reduces to, what it takes, what it survives."""
+
+import math
+
+import pytest
+import torch
+from helpers import assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
+from torch import nn
+
+import rlsched.controller
+from rlsched import ScheduledOptimizer, SchedulePolicy, attach
+from rlsched.control import CLIP, CONTROL_NAMES, LR, PROBE, move
+from rlsched.moments import Moments
+from rlsched.signals import OBSERVATIONS
+
+STEPS = 40
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01),
+    "SGD, nesterov": lambda p: torch.optim.SGD(p, 0.1, 0.9, nesterov=True),
+    "Adam": lambda p: torch.optim.Adam(p, 0.01, (0.8, 0.99), weight_decay=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.5),
+}
+STAND_STILL = {
+    "zero policy": {"policy": SchedulePolicy.zero()},
+    "no controls": {"policy": lively_policy(), "controls": ()},
+}
+
+
+def always(**actions):
+    """The policy that takes the same action at every decision."""
+    bias = torch.tensor([actions.get(name, 0.0) for name in CONTROL_NAMES])
+    return SchedulePolicy([(torch.zeros(len(bias), len(OBSERVATIONS)), bias)], safe_start=False)
+
+
+def train_plainly(model, optimizer, steps=STEPS):
+    """Train with torch alone: linear decay to zero by LambdaLR."""
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_at(model, step).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+# --- What it reduces to ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", STAND_STILL.values(), ids=STAND_STILL)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_standing_still_is_the_plain_optimizer_with_linear_decay(make, options):
+    """A user who turns the policy off would still get something else than torch's own optimizer."""
+    plain, scheduled = network(), network()
+    train_plainly(plain, make(plain.parameters()))
+    train(scheduled, ScheduledOptimizer(make(scheduled.parameters()), total_steps=STEPS, **options), range(STEPS))
+    assert_same_weights(scheduled, plain)
+
+
+def test_learned_decisions_move_every_control():
+    """All tests with a lively policy would pass on a wrapper that does nothing."""
+    model = network()
+    optimizer = ScheduledOptimizer(OPTIMIZERS["AdamW"](model.parameters()), total_steps=STEPS, policy=lively_policy())
+    hyperparameters = train(model, optimizer, range(STEPS))
+    fallback = [0.01 * (1 - n / STEPS) for n in range(STEPS)]
+    assert any(abs(lr / plain - 1) > 0.1 for ((lr, _),), plain in zip(hyperparameters, fallback, strict=True))
+    assert len({momentum for ((_, momentum),) in hyperparameters}) > 2
+    state = optimizer.controller.control_state - optimizer.controller.base_state
+    assert (state.abs() > 0).all()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_momentum_can_move_without_changing_the_size_of_updates(nesterov):
+    """Raising momentum from 0.9 to 0.99 would make steps ten times as large, and a run diverge.
+
+    The reference keeps an average of gradients, m ← βm + (1 − β)g, and steps by lr / (1 − β_0) times it. Torch's
+    first buffer is g, a sum of one gradient, so that the first average is (1 − β_0) g.
+    """
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), 0.1, 0.8, nesterov=nesterov)
+    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, decisions=8, policy=always(momentum=0.6))
+    state, base = optimizer.controller.base_state, optimizer.controller.base_state
+    reference = [p.detach().double().clone() for p in model.parameters()]
+    average = [torch.zeros_like(p) for p in reference]
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_at(model, step)
+        loss.backward()
+        if step >= 1 and (step - 1) % 5 == 0 and step + 5 <= STEPS + 4:
+            state = move(state, torch.tensor([0.0, 0.6, 0.0]), torch.tensor(step / STEPS), base)
+        beta = 1 - 10 ** -float(state[1])
+        lr = 0.1 * (1 - step / STEPS) / (1 - 0.8)
+        for i, p in enumerate(model.parameters()):
+            grad = p.grad.double()
+            average[i] = beta * average[i] + (1 - beta) * grad
+            reference[i] -= lr * (beta * average[i] + (1 - beta) * grad if nesterov else average[i])
+        optimizer.step(loss=loss)
+    assert inner.param_groups[0]["momentum"] > 0.95
+    for p, expected in zip(model.parameters(), reference, strict=True):
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_constant_action_follows_the_documented_learning_rate():
+    """The formula in the docstring is what a user checks a surprising learning rate against."""
+    model = network()
+    inner = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = ScheduledOptimizer(inner, total_steps=20, decisions=4, policy=always(lr=1.0), controls=["lr"])
+    lrs = [lr for ((lr, _),) in train(model, optimizer, range(20))]
+    # Decisions before the inner steps 1, 6, 11 and 16; only the first lies in the first fifth of the run.
+    offsets = [0.0] * 1 + [0.7] * 5 + [0.95] * 5 + [1.2] * 5 + [1.45] * 4
+    expected = [0.01 * (1 - n / 20) * math.exp(c) for n, c in enumerate(offsets)]
+    assert lrs == pytest.approx(expected, rel=1e-6)
+
+
+def test_unlisted_controls_are_left_alone():
+    """A user who keeps momentum and clipping to himself would find them changed."""
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy(), controls=["lr"])
+    assert {momentum for ((_, momentum),) in train(model, optimizer, range(STEPS))} == {0.9}
+    assert optimizer.controller.control_state[CLIP] == optimizer.controller.base_state[CLIP]
+
+
+def test_optimizer_without_momentum_keeps_it_that_way():
+    """SGD would start a momentum buffer in the middle of a run, and its steps would grow."""
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=always(momentum=1.0))
+    plain = network()
+    train(model, optimizer, range(STEPS))
+    train_plainly(plain, torch.optim.SGD(plain.parameters(), 0.1))
+    assert_same_weights(model, plain)
+
+
+def test_parameter_groups_keep_their_ratios():
+    """Layer-wise learning rates and the momenta of different groups would be lost at the first decision."""
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1e-4, "betas": (0.99, 0.9)}]
+    inner = torch.optim.AdamW(groups, 0.01, (0.9, 0.999))
+    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy())
+    for (lr, momentum), (other_lr, other_momentum) in train(model, optimizer, range(STEPS)):
+        assert other_lr / lr == pytest.approx(0.01)
+        assert (1 - other_momentum) / (1 - momentum) == pytest.approx(0.1)
+    assert inner.param_groups[1]["betas"][1] == 0.9
+
+
+def test_parameter_group_that_comes_later_joins_the_schedule():
+    """Layers that are unfrozen in the middle of a run would train at the full base learning rate to its end."""
+    model = network()
+    optimizer = ScheduledOptimizer(
+        torch.optim.SGD(model[0].parameters(), 0.1), total_steps=STEPS, policy=lively_policy()
+    )
+    train(model, optimizer, range(STEPS // 2))
+    before = model[2].weight.clone()
+    optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.02})
+    for (lr, _), (other_lr, _) in train(model, optimizer, range(STEPS // 2, STEPS)):
+        assert other_lr / lr == pytest.approx(0.2)
+    assert not torch.equal(model[2].weight, before)
+
+
+def test_max_grad_norm_is_that_of_torch():
+    """A user who replaces clip_grad_norm_ by the argument would train something else."""
+    clipped, scheduled = network(), network()
+    inner = torch.optim.SGD(scheduled.parameters(), 0.1)
+    optimizer = ScheduledOptimizer(inner, total_steps=9, policy=SchedulePolicy.zero(), max_grad_norm=0.1)
+    plain = torch.optim.SGD(clipped.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(plain, lambda n: 1 - n / 9)
+    for step in range(9):
+        plain.zero_grad()
+        loss_at(clipped, step).backward()
+        assert nn.utils.clip_grad_norm_(clipped.parameters(), 0.1) > 0.1
+        plain.step()
+        scheduler.step()
+    train(scheduled, optimizer, range(9))
+    for p, q in zip(scheduled.parameters(), clipped.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_clip_control_clips_to_its_multiple_of_the_average_norm():
+    """The policy was trained with clipping; without it a spike would reach the weights."""
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = ScheduledOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1), total_steps=100, policy=always(clip=-1.0), controls=["clip"]
+    )
+    for _ in range(10):  # one decision at each step from the second on: at the minimum after six
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step(loss=1.0)
+    model.weight.grad = torch.full((1, 1), 100.0)
+    before = model.weight.item()
+    optimizer.step(loss=1.0)
+    # The running average of the norm is that of the gradients as they came, clipped or not: 1.
+    assert before - model.weight.item() == pytest.approx(0.1 * (1 - 10 / 100) * math.exp(0 - 0.7), rel=1e-5)
+
+
+# --- What it takes --------------------------------------------------------------------------------------------------
+
+EVERY_OPTIMIZER = {
+    "Adadelta": lambda p: torch.optim.Adadelta(p),
+    "Adafactor": lambda p: torch.optim.Adafactor(p),
+    "Adagrad": lambda p: torch.optim.Adagrad(p),
+    "Adam, tensor lr": lambda p: torch.optim.Adam(p, torch.tensor(1e-3)),
+    "Adam, amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True),
+    "AdamW, foreach": lambda p: torch.optim.AdamW(p, foreach=True),
+    "AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "AdamW, no momentum": lambda p: torch.optim.AdamW(p, betas=(0.0, 0.999)),
+    "Adamax": lambda p: torch.optim.Adamax(p),
+    "ASGD": lambda p: torch.optim.ASGD(p),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
+    "Muon": lambda p: torch.optim.Muon([q for q in p if q.ndim == 2]),
+    "NAdam": lambda p: torch.optim.NAdam(p),
+    "RAdam": lambda p: torch.optim.RAdam(p),
+    "RMSprop": lambda p: torch.optim.RMSprop(p),
+    "RMSprop, centered": lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.9),
+    "Rprop": lambda p: torch.optim.Rprop(p),
+    "SGD, fused": lambda p: torch.optim.SGD(p, 0.1, 0.9, fused=True),
+    "SGD, foreach": lambda p: torch.optim.SGD(p, 0.1, 0.9, dampening=0.5, foreach=True),
+    "SGD, maximize": lambda p: torch.optim.SGD(p, 0.01, 0.9, maximize=True),
+}
+
+
+def test_every_optimizer_of_torch_is_tried():
+    """A new optimizer in torch would be claimed as supported without ever having run."""
+    names = {name for name, kind in vars(torch.optim).items() if isinstance(kind, type)} - {"Optimizer"}
+    tried = {name.split(",")[0] for name in EVERY_OPTIMIZER | OPTIMIZERS}
+    tried.add("SparseAdam")  # in test_sparse_gradients_are_refused
+    assert {name for name in names if issubclass(getattr(torch.optim, name), torch.optim.Optimizer)} <= tried
+
+
+@pytest.mark.parametrize("make", EVERY_OPTIMIZER.values(), ids=EVERY_OPTIMIZER)
+def test_optimizer_trains_under_a_lively_policy(make):
+    """`any torch.optim.Optimizer` would be a promise broken by the first unusual one."""
+    model, initial = network(), network()
+    inner = make(list(model.parameters()))
+    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy())
+    for step in range(12):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            loss = loss_at(model, step)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure).item() > 0
+        assert 0 < float(inner.param_groups[0]["lr"]) < math.inf
+    assert optimizer.controller.step_count == 12
+    assert_finite_weights(model)
+    assert not torch.equal(model[0].weight, initial[0].weight)
+
+
+def test_sparse_gradients_are_refused():
+    """SparseAdam would fail deep inside, with an error about storage."""
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = ScheduledOptimizer(
+        torch.optim.SparseAdam(embedding.parameters()), total_steps=9, policy=lively_policy()
+    )
+    embedding(torch.tensor([1, 3])).sum().backward()
+    with pytest.raises(ValueError, match=r"sparse gradients are not supported; use Embedding\(..., sparse=False\)"):
+        optimizer.step(loss=1.0)
+
+
+def test_subclass_of_an_optimizer_counts_as_its_kind():
+    """A user's own Muon would have its averaged momentum rescaled, as if it summed gradients."""
+
+    class Mine(torch.optim.Muon):
+        pass
+
+    def run(kind):
+        model = nn.Linear(6, 3, bias=False)
+        nn.init.ones_(model.weight)
+        optimizer = ScheduledOptimizer(kind(model.parameters()), total_steps=STEPS, policy=lively_policy())
+        train(model, optimizer, range(STEPS))
+        return model
+
+    assert_same_weights(run(Mine), run(torch.optim.Muon))
+
+
+def test_lbfgs_needs_a_closure():
+    """LBFGS would fail inside torch, after the step was counted."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.LBFGS(model.parameters()), total_steps=9, policy=lively_policy())
+    with pytest.raises(ValueError, match="closure: LBFGS"):
+        optimizer.step(loss=1.0)
+
+
+def run_reporting(report):
+    """Train under a lively policy, each step done by `report(optimizer, model, step)`; returns the model."""
+    model = network()
+    optimizer = ScheduledOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1, 0.9), total_steps=STEPS, policy=lively_policy()
+    )
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        report(optimizer, model, step)
+    return model
+
+
+def by_keyword(optimizer, model, step):
+    """step(loss=tensor)."""
+    loss = loss_at(model, step)
+    loss.backward()
+    assert optimizer.step(loss=loss) is loss
+
+
+def by_float(optimizer, model, step):
+    """step(loss=float)."""
+    loss = loss_at(model, step)
+    loss.backward()
+    optimizer.step(loss=loss.item())
+
+
+def by_vector(optimizer, model, step):
+    """A loss of shape (1,), as DataParallel gathers it."""
+    loss = loss_at(model, step)
+    loss.backward()
+    optimizer.step(loss=loss.reshape(1))
+
+
+def by_observe(optimizer, model, step):
+    """observe(loss), then step()."""
+    loss = loss_at(model, step)
+    loss.backward()
+    optimizer.observe(loss)
+    assert optimizer.step() is None
+
+
+def by_micro_batches(optimizer, model, step):
+    """Two reports whose mean is the loss, to the last bit."""
+    loss = loss_at(model, step)
+    loss.backward()
+    optimizer.observe(2 * loss)
+    optimizer.observe(0.0)
+    optimizer.step()
+
+
+def by_closure(optimizer, model, step):
+    """step(closure)."""
+
+    def closure():
+        loss = loss_at(model, step)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).requires_grad
+
+
+WAYS = [by_float, by_vector, by_observe, by_micro_batches, by_closure]
+
+
+@pytest.mark.parametrize("report", WAYS)
+def test_every_way_to_report_the_loss_is_the_same_run(report):
+    """How a loop happens to pass its loss would change what it trains."""
+    assert_same_weights(run_reporting(report), run_reporting(by_keyword))
+
+
+def test_training_without_any_loss_works_and_says_so_once():
+    """A user who forgot the loss would get a worse schedule and never know."""
+
+    def silent(optimizer, model, step):
+        loss_at(model, step).backward()
+        optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"no loss was reported.*pass step\(loss=loss\)") as caught:
+        model = run_reporting(silent)
+    assert len(caught) == 1
+    assert_finite_weights(model)
+
+
+def test_negative_loss_counts_as_no_loss():
+    """A loss that has no logarithm would turn observations into NaN, or switch the safe start off."""
+
+    def shifted(offset):
+        def report(optimizer, model, step):
+            loss = loss_at(model, step)
+            loss.backward()
+            optimizer.step(loss=None if offset is None else loss - offset)
+
+        return report
+
+    with pytest.warns(UserWarning, match="no loss"):
+        silent = run_reporting(shifted(None))
+    assert_same_weights(run_reporting(shifted(100.0)), silent)
+
+
+def test_it_is_an_optimizer():
+    """Frameworks that ask isinstance, and code that reads groups, state or repr, would not know it."""
+    model = network()
+    inner = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy())
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is inner.param_groups and optimizer.state is inner.state
+    assert optimizer.defaults["lr"] == 0.01
+    train(model, optimizer, range(2))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    loss_at(model, 2).backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert all((p.grad == 0).all() for p in model.parameters())
+    assert "AdamW" in repr(optimizer) and f"total_steps={STEPS}" in repr(optimizer)
+    inner.load_state_dict(inner.state_dict())  # rebinds groups and state
+    assert optimizer.param_groups is inner.param_groups and optimizer.state is inner.state
+
+
+def test_step_hooks_are_called():
+    """Profilers and frameworks hook into step."""
+    model, called = network(), []
+    optimizer = ScheduledOptimizer(OPTIMIZERS["Adam"](model.parameters()), total_steps=9, policy=lively_policy())
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    train(model, optimizer, range(1))
+    assert called == ["before", "after"]
+
+
+def test_a_scheduler_of_torch_can_be_built_on_it():
+    """Frameworks build a scheduler around every optimizer, wanted or not; the learned schedule prevails."""
+    model, alone = network(), network()
+    optimizer = ScheduledOptimizer(OPTIMIZERS["Adam"](model.parameters()), total_steps=9, policy=lively_policy())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
+    for step in range(9):
+        train(model, optimizer, [step])
+        scheduler.step()
+    train(
+        alone,
+        ScheduledOptimizer(OPTIMIZERS["Adam"](alone.parameters()), total_steps=9, policy=lively_policy()),
+        range(9),
+    )
+    assert_same_weights(model, alone)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("face", [ScheduledOptimizer, attach])
+def test_steps_that_grad_scaler_skips_do_not_count(face, fused):
+    """Mixed precision overflows as a matter of course; taken for divergence, it would cut the learning rate.
+
+    The scale is a power of two, so that scaled training is bit-equal to training without a scaler.
+    """
+
+    def run(scaler):
+        model = network()
+        inner = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
+        driver = face(inner, total_steps=STEPS, policy=lively_policy())
+        optimizer = inner if face is attach else driver
+        controller = driver if face is attach else driver.controller
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss = loss_at(model, step)
+            if scaler:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer, loss=loss)
+                scaler.update()
+                if step % 7 == 0:
+                    optimizer.zero_grad()
+                    scaler.scale(loss_at(model, step) * math.inf).backward()
+                    scaler.step(optimizer, loss=math.inf)
+                    scaler.update()
+            else:
+                loss.backward()
+                optimizer.step(loss=loss)
+        assert controller.step_count == STEPS
+        return model
+
+    assert_same_weights(run(torch.amp.GradScaler("cpu", init_scale=2.0**16)), run(None))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_is_the_users_own_business(dtype):
+    """Under another default dtype the policy would meet observations that its weights cannot be multiplied with."""
+    expected, policy = run_reporting(by_float), lively_policy()
+    model = network()
+    torch.set_default_dtype(dtype)
+    try:
+        optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1, 0.9), total_steps=STEPS, policy=policy)
+        torch.set_default_dtype(torch.float32)  # the data come from helpers
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss = loss_at(model, step)
+            loss.backward()
+            torch.set_default_dtype(dtype)
+            optimizer.step(loss=loss.item())
+            torch.set_default_dtype(torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_other_dtypes_train(dtype):
+    """Models in half or double precision, whole or in part, would fail in the arithmetic of the wrapper."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3, dtype=dtype))
+    optimizer = ScheduledOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1, 0.9), total_steps=STEPS, policy=lively_policy(), max_grad_norm=1.0
+    )
+    inputs = torch.randn(16, 6)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model[1](model[0](inputs).to(dtype)).float(), inputs[:, :3].argmax(-1))
+        loss.backward()
+        optimizer.step(loss=loss)
+    assert_finite_weights(model)
+    assert loss < 1
+    assert [p.dtype for p in model.parameters()] == [torch.float32] * 2 + [dtype] * 2
+
+
+# --- Networks that are measured by a sample -------------------------------------------------------------------------
+
+
+def test_large_network_is_measured_by_a_sample(monkeypatch):
+    """A copy of the gradient of a large network would take as much memory as the network."""
+
+    def run(sample):
+        monkeypatch.setattr(rlsched.controller, "SAMPLE", sample)
+        torch.manual_seed(2)
+        model = nn.Linear(200, 200)  # 40,200 parameters whose gradients are alike
+        optimizer = ScheduledOptimizer(
+            torch.optim.SGD(model.parameters(), 0.1, 0.9), total_steps=100, decisions=10, policy=SchedulePolicy.zero()
+        )
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = (model(torch.randn(64, 200)) - torch.randn(64, 200)).square().mean()
+            loss.backward()
+            optimizer.step(loss=loss)
+        return optimizer.controller
+
+    whole, sampled = run(2**16), run(4000)
+    assert whole.last_grad.shape == (40_200,)
+    assert 4000 <= sampled.last_grad.numel() <= 4001  # the bias has a share of its own, rounded up
+    # The first window is the probe; nine steps of the second, all but the first of them measured.
+    for name, expected, measured in zip(Moments._fields, whole.window, sampled.window, strict=True):
+        torch.testing.assert_close(
+            measured, expected, rtol=0.15, atol=0.05, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+# --- What it refuses ------------------------------------------------------------------------------------------------
+
+WRONG_ARGUMENTS = {
+    "no steps": ({"total_steps": 0}, "total_steps must be a positive int"),
+    "negative": ({"total_steps": -5}, "total_steps must be a positive int.*got -5"),
+    "float": ({"total_steps": 1e4}, "total_steps must be a positive int.*got 10000.0"),
+    "bool": ({"total_steps": True}, "total_steps must be a positive int.*got True"),
+    "decisions": ({"decisions": 0}, "decisions must be positive"),
+    "max_grad_norm": ({"max_grad_norm": 0.0}, "max_grad_norm must be positive"),
+    "max_grad_norm, nan": ({"max_grad_norm": math.nan}, "max_grad_norm must be positive"),
+    "unknown control": ({"controls": ["lr", "weight_decay"]}, r"controls must be some of .*weight_decay"),
+    "one control as a string": ({"controls": "lr"}, "controls must be some of .*got 'lr'"),
+}
+
+
+@pytest.mark.parametrize("options, message", WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+def test_wrong_argument_is_named(options, message):
+    """A slip in a call would show as a strange schedule, hours later."""
+    inner = torch.optim.SGD(network().parameters(), 0.1)
+    with pytest.raises(ValueError, match=message):
+        ScheduledOptimizer(inner, **{"total_steps": 9, "policy": lively_policy(), **options})
+
+
+def test_what_is_no_optimizer_with_a_learning_rate_is_refused():
+    """There would be nothing to schedule, or it would be scheduled twice."""
+
+    class NoRate(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {})
+
+    options = {"total_steps": 9, "policy": lively_policy()}
+    with pytest.raises(ValueError, match="NoRate has parameter groups without 'lr'"):
+        ScheduledOptimizer(NoRate(network().parameters()), **options)
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got generator"):
+        ScheduledOptimizer(network().parameters(), **options)
+    scheduled = ScheduledOptimizer(torch.optim.SGD(network().parameters(), 0.1), **options)
+    for wrap in (ScheduledOptimizer, attach):
+        with pytest.raises(ValueError, match="ScheduledOptimizer already"):
+            wrap(scheduled, **options)
+
+
+@pytest.mark.parametrize("loss", [torch.ones(2), torch.ones(0), torch.ones(2, 2)])
+def test_loss_of_many_numbers_is_refused(loss):
+    """An unreduced loss would be taken for its first entry, or fail later and elsewhere."""
+    optimizer = ScheduledOptimizer(torch.optim.SGD(network().parameters(), 0.1), total_steps=9, policy=lively_policy())
+    with pytest.raises(ValueError, match="loss must be one number, got a tensor of shape"):
+        optimizer.step(loss=loss)
+
+
+# --- What it survives -----------------------------------------------------------------------------------------------
+
+
+def test_steps_without_gradients_are_passed_on_and_do_not_count():
+    """A loop that forgot backward() would use up its schedule, without a word."""
+    model, initial = network(), network()
+    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=9, policy=lively_policy())
+    with pytest.warns(UserWarning, match=r"no parameter has a gradient.*backward\(\)") as caught:
+        for _ in range(3):
+            optimizer.step(loss=1.0)
+    assert len(caught) == 1
+    assert optimizer.controller.step_count == 0
+    assert optimizer.controller.skipped == 3
+    assert_same_weights(model, initial)
+    train(model, optimizer, range(9))
+    assert optimizer.controller.step_count == 9
+
+
+def test_parameters_without_gradient_are_left_alone():
+    """Frozen layers, and heads that a batch does not use, would break the measuring or be moved."""
+    model, initial = network(), network()
+    model[0].requires_grad_(False)
+    optimizer = ScheduledOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1, 0.9), total_steps=STEPS, policy=lively_policy()
+    )
+    train(model, optimizer, range(STEPS))
+    assert torch.equal(model[0].weight, initial[0].weight)
+    assert_finite_weights(model)
+
+
+@pytest.mark.parametrize("policy", [SchedulePolicy.zero(), lively_policy()], ids=["zero", "lively"])
+@pytest.mark.parametrize("total", [1, 2, 12])
+def test_training_past_the_end_keeps_the_last_learning_rate(total, policy):
+    """A run that is extended would train at a learning rate of zero, or below."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=total, policy=policy)
+    *_, ((last, _),) = train(model, optimizer, range(total))
+    with pytest.warns(UserWarning, match=f"after total_steps={total}") as caught:
+        later = train(model, optimizer, range(total, total + 15))
+    assert len(caught) == 1
+    assert last > 0
+    assert {lr for ((lr, _),) in later} == {last}
+
+
+BAD_LOSSES = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("bad", BAD_LOSSES)
+def test_loss_that_is_not_finite_does_not_reach_the_weights(bad):
+    """One bad batch would end a run of days."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=100, policy=always())
+    before = train(model, optimizer, range(4))
+    weights = [p.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    (loss_at(model, 4) * bad).backward()
+    optimizer.step(loss=bad)
+    for p, q in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(p, q)
+    after = train(model, optimizer, range(5, 9))
+    assert_finite_weights(model)
+    assert not torch.equal(model[0].weight, weights[0]), "training does not go on"
+    (((first, _),), ((lr, _),)) = before[0], after[0]
+    assert lr == pytest.approx(first * (1 - 5 / 100) / 10, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradient_that_is_not_finite_does_not_reach_the_weights(bad):
+    """A loss can be finite and its gradient not (√x at 0), and Adam would keep it in its state forever."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.AdamW(model.parameters(), 0.01), total_steps=100, policy=lively_policy())
+    train(model, optimizer, range(12))
+    loss = loss_at(model, 12)
+    loss.backward()
+    model[0].weight.grad[0, 0] = bad
+    optimizer.step(loss=loss)
+    train(model, optimizer, range(13, 30))
+    assert_finite_weights(model)
+    assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+    assert optimizer.controller.control_state.isfinite().all()
+
+
+def test_no_cut_without_control_of_the_learning_rate():
+    """A user who keeps the learning rate to himself would find it cut."""
+    model = network()
+    optimizer = ScheduledOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1), total_steps=10, policy=lively_policy(), controls=["clip"]
+    )
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    (loss_at(model, 3) * math.nan).backward()
+    optimizer.step(loss=math.nan)
+    lrs = [lr for ((lr, _),) in train(model, optimizer, range(4, 10))]
+    assert lrs == [0.1 * (1 - n / 10) for n in range(4, 10)]
+
+
+def test_base_learning_rate_that_would_diverge_is_not_taken():
+    """From a learning rate a thousand times too large the first step would throw the network away."""
+
+    def final_loss(policy):
+        model = nn.Linear(20, 1)
+        torch.manual_seed(3)
+        inputs = torch.randn(64, 20)
+        optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 100.0), total_steps=60, policy=policy)
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = (model(inputs) - inputs[:, :1]).square().mean()
+            loss.backward()
+            optimizer.step(loss=loss)
+        return loss.item()
+
+    zero = SchedulePolicy.zero()
+    assert final_loss(SchedulePolicy(zero.weights, safe_start=True)) < 0.5
+    assert not final_loss(zero) < 1e3
+
+
+def test_probe_is_taken_at_a_thousandth_of_the_learning_rate():
+    """A probe at the full learning rate would do the harm that it is to prevent."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=9, policy=lively_policy())
+    (((lr, _),),) = train(model, optimizer, range(1))
+    assert lr == 0.1 * PROBE
+
+
+FUZZED = {
+    "SGD": lambda p: torch.optim.SGD(p, 1.0, 0.9, weight_decay=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+}
+
+
+@pytest.mark.parametrize("make", FUZZED.values(), ids=FUZZED)
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_comes_weights_and_learning_rate_stay_finite(make, seed):
+    """Any run meets a bad batch, a dead layer or an explosion at some time."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(values):
+        return values[int(torch.randint(len(values), (), generator=generator))]
+
+    extremes = [math.nan, math.inf, -math.inf, 0.0, 1e30, 1e-30, -1e30, 1.0, 1e-3, 1e3, 1e10]
+    model = network()
+    inner = make(model.parameters())
+    optimizer = ScheduledOptimizer(inner, total_steps=150, policy=lively_policy(seed))
+    explosion = 1.0
+    for _ in range(150):
+        kind = pick(["normal", "extreme", "constant", "exploding", "one entry", "none"])
+        explosion = explosion * 10 if kind == "exploding" else 1.0
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if kind == "none":
+                p.grad = torch.zeros_like(p)
+            elif kind == "constant":
+                p.grad = torch.ones_like(p)
+            else:
+                p.grad = explosion * noise
+            if kind == "extreme":
+                p.grad *= pick(extremes)
+            elif kind == "one entry":
+                p.grad.view(-1)[0] = pick(extremes)
+        loss = pick([*extremes, explosion])
+        optimizer.step(loss=loss)
+        assert_finite_weights(model)
+        assert math.isfinite(inner.param_groups[0]["lr"])
+        assert optimizer.controller.control_state.isfinite().all()
+    assert optimizer.controller.control_state[LR] <= 7

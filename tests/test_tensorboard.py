@@ -1,0 +1,127 @@
+"""What a run writes for TensorBoard, read back from the event file."""
+
+import copy
+import math
+import sys
+
+import pytest
+import torch
+from helpers import lively_policy, network, train
+
+from rlsched import ScheduledOptimizer
+from rlsched.control import CONTROL_NAMES
+from rlsched.signals import OBSERVATION_NAMES
+from rlsched.tensorboard import LAYOUT
+
+pytest.importorskip("tensorboard")
+STEPS, DECISIONS = 21, [1, 6, 11, 16]
+
+
+def scheduled(model, **log):
+    """An optimizer that writes to `log`, with decisions before the inner steps of DECISIONS."""
+    inner = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    return ScheduledOptimizer(inner, total_steps=STEPS, decisions=5, policy=lively_policy(), **log)
+
+
+def read(folder):
+    """All that the event files of a folder hold."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def values(events, tag):
+    """The values of a scalar, in order."""
+    return [event.value for event in events.Scalars(tag)]
+
+
+def test_every_observation_and_action_is_written_at_every_decision(tmp_path):
+    """A user who asks why the learning rate fell would look into an empty chart."""
+    model = network()
+    lrs = [lr for ((lr, _),) in train(model, scheduled(model, log_dir=tmp_path), range(STEPS))]
+    events = read(tmp_path)
+    tags = set(events.Tags()["scalars"])
+    assert {f"observation/{name}" for name in OBSERVATION_NAMES} | {f"action/{name}" for name in CONTROL_NAMES} <= tags
+    for tag in tags - {"rlsched/clip_multiple"}:  # which is not a number while clipping is off
+        assert [event.step for event in events.Scalars(tag)] == DECISIONS, tag
+    assert values(events, "rlsched/lr") == pytest.approx([lrs[step] for step in DECISIONS])
+    assert values(events, "rlsched/fallback_lr") == pytest.approx([0.1 * (1 - step / STEPS) for step in DECISIONS])
+    assert all(math.isfinite(value) for tag in tags for value in values(events, tag))
+
+
+def test_charts_of_the_layout_have_their_scalars(tmp_path):
+    """A chart of a tag that was renamed stays empty without a word."""
+    model = network()
+    train(model, scheduled(model, log_dir=tmp_path), range(STEPS))
+    tags = read(tmp_path).Tags()["scalars"]
+    charts = [tag for _, chart in LAYOUT["rlsched"].values() for tag in chart]
+    for chart in charts:
+        assert any(tag.startswith(chart.removesuffix(".*")) for tag in tags), chart
+
+
+def test_users_own_writer_is_used_and_left_open(tmp_path):
+    """The curves of a schedule belong beside those of the run; a closed writer would lose what comes after."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    model = network()
+    with SummaryWriter(str(tmp_path)) as writer:
+        train(model, scheduled(model, writer=writer), range(STEPS))
+        writer.add_scalar("mine", 1.0, 99)
+    tags = read(tmp_path).Tags()["scalars"]
+    assert "mine" in tags and "action/lr" in tags
+
+
+def test_finished_run_is_on_disk(tmp_path):
+    """A notebook that never closes its writer would show all but the last minutes of a run."""
+    model = network()
+    optimizer = scheduled(model, log_dir=tmp_path)
+    train(model, optimizer, range(STEPS))
+    assert [event.step for event in read(tmp_path).Scalars("action/lr")] == DECISIONS
+    del optimizer
+
+
+def test_intervention_is_written(tmp_path):
+    """A learning rate that drops to a tenth without a reason on record would cost its user a day."""
+    model = network()
+    optimizer = scheduled(model, log_dir=tmp_path)
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    model[0].weight.grad = torch.full_like(model[0].weight, math.nan)
+    optimizer.step(loss=math.nan)
+    train(model, optimizer, range(4, STEPS))
+    (event,) = read(tmp_path).Tensors("rlsched/intervention/text_summary")
+    assert event.step == 6
+    assert event.tensor_proto.string_val[0].startswith(b"1 steps with a loss or gradient that is not finite")
+
+
+def test_logging_does_not_change_the_run(tmp_path):
+    """A run that is looked at would not be the run that was asked about."""
+    logged, silent = network(), network()
+    hyperparameters = train(logged, scheduled(logged, log_dir=tmp_path), range(STEPS))
+    assert train(silent, scheduled(silent), range(STEPS)) == hyperparameters
+
+
+def test_copy_does_not_write_into_the_originals_file(tmp_path):
+    """Two runs would draw one zigzag curve; and an open file cannot be pickled."""
+    model = network()
+    optimizer = scheduled(model, log_dir=tmp_path)
+    train(model, optimizer, range(8))
+    other_model, other = copy.deepcopy((model, optimizer))
+    train(other_model, other, range(8, STEPS))
+    train(model, optimizer, range(8, STEPS))
+    assert [event.step for event in read(tmp_path).Scalars("action/lr")] == DECISIONS
+
+
+def test_folder_and_writer_exclude_each_other(tmp_path):
+    """One of the two would be ignored."""
+    with pytest.raises(ValueError, match="log_dir or writer, not both"):
+        scheduled(network(), log_dir=tmp_path, writer=object())
+
+
+def test_missing_tensorboard_is_named_with_its_remedy(tmp_path, monkeypatch):
+    """torch's own error does not say what to install."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+    with pytest.raises(ImportError, match=r"pip install 'rlsched\[tensorboard\]'"):
+        scheduled(network(), log_dir=tmp_path)
