@@ -7,14 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## train a small policy and compare it with other schedules
 	$(BIN)/rlsched train --preset demo --run-dir runs/demo
-	$(BIN)/rlsched compare --policy runs/demo/policy.safetensors --task digits --out runs/demo/compare
+	$(BIN)/rlsched compare --policy runs/demo/policy.safetensors --tasks digits --out runs/demo/compare
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -q
@@ -23,6 +23,9 @@ lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP) ## write the pages that are generated from the code
+	$(BIN)/python docs/generate.py
 
 clean: ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

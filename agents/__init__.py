@@ -5,17 +5,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlsched.agents.config import PRESETS, TrainConfig
     from rlsched.agents.evaluation import Evaluation, evaluate
-    from rlsched.agents.export import export
     from rlsched.agents.ppo import train
 
-__all__ = ["PRESETS", "Evaluation", "TrainConfig", "evaluate", "export", "train"]
+__all__ = ["PRESETS", "Evaluation", "TrainConfig", "evaluate", "train"]
 
 _HOMES = {
     "PRESETS": "config",
     "TrainConfig": "config",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
-    "export": "export",
     "train": "ppo",
 }
 

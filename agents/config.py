@@ -3,45 +3,48 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rlsched.envs.mixtures import mixture
 from rlsched.policy import ACTIVATIONS
 
 
+def option(default: Any, meaning: str) -> Any:
+    """A field with its documentation, which the command line shows."""
+    return field(default=default, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a scheduling policy is trained. The defaults are those of the shipped policy."""
 
-    run_dir: str = "runs/policy"  # checkpoint, TensorBoard log and policy file; a run found there is resumed
-    tasks: str = "mlp"  # mixture of inner tasks, a key of `rlsched.envs.MIXTURES`
-    decisions: int = 4_000_000  # decisions to train on, over all environments
-    num_envs: int = 512  # inner training runs at once
-    processes: int = min(2, os.cpu_count() or 1)  # that train them
-    compile: bool = False  # compile the inner steps with torch.compile (needs a C compiler)
-    seed: int = 0
+    run_dir: str = option("runs/policy", "checkpoint, TensorBoard log and policy file; a run found there is resumed")
+    tasks: str = option("mlp", "mixture of inner tasks, a key of rlsched.envs.MIXTURES")
+    decisions: int = option(4_000_000, "decisions to train on, over all inner runs")
+    num_envs: int = option(512, "inner training runs at once")
+    processes: int = option(min(2, os.cpu_count() or 1), "worker processes that train them, one thread each")
+    compile: bool = option(False, "torch.compile the inner steps: twice as fast, needs a C compiler")
+    seed: int = option(0, "of weights, episodes and actions")
 
-    # PPO, in the words of Stable-Baselines3.
-    n_steps: int = 32  # decisions of each environment between two updates
-    batch_size: int = 2048
-    n_epochs: int = 4
-    learning_rate: float = 7e-4  # falls linearly
-    final_learning_rate: float = 1e-4
-    gae_lambda: float = 0.97
-    target_kl: float = 0.03
-    log_std_init: float = -0.7
-    hidden: tuple[int, ...] = (64, 64)  # widths of the actor's layers, and of the critic's
-    activation: str = "tanh"
+    n_steps: int = option(32, "decisions of each inner run between two updates of PPO")
+    batch_size: int = option(2048, "decisions in a mini-batch of PPO")
+    n_epochs: int = option(4, "passes over the decisions in an update")
+    learning_rate: float = option(7e-4, "of Adam at the start; falls linearly")
+    final_learning_rate: float = option(1e-4, "of Adam at the end")
+    gae_lambda: float = option(0.97, "decay of advantages in generalised advantage estimation")
+    target_kl: float = option(0.03, "an update stops when the policy has moved 1.5 times as far")
+    log_std_init: float = option(-0.7, "initial log standard deviation of the actions")
+    hidden: tuple[int, ...] = option((64, 64), "widths of the actor's layers, and of the critic's")
+    activation: str = option("tanh", "between the layers: tanh or relu")
 
-    # Evaluation against the fallback schedule, on episodes that are the same each time.
-    eval_every: int = 30  # updates
-    eval_episodes: int = 128
-    eval_seed: int = 1_000_000
+    eval_every: int = option(60, "updates between evaluations against the fallback schedule")
+    eval_episodes: int = option(128, "episodes of an evaluation, the same each time")
+    eval_seed: int = option(1_000_000, "of these episodes")
 
     def __post_init__(self) -> None:
         anything = {"run_dir", "tasks", "activation", "hidden", "compile", "seed", "eval_seed", "log_std_init"}
-        for name in {field.name for field in fields(self)} - anything:
+        for name in {f.name for f in fields(self)} - anything:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         mixture(self.tasks)
@@ -60,7 +63,7 @@ class TrainConfig:
     def hyperparameters(self) -> dict[str, Any]:
         """The fields that decide what is learned, in types that JSON and TensorBoard can hold."""
         values = asdict(self)
-        del values["run_dir"], values["processes"]
+        del values["run_dir"], values["processes"], values["compile"]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from stable_baselines3 import PPO
 
 from rlsched.policy import SchedulePolicy
 
+CHECKPOINT = "checkpoint.zip"  # in the folder of a training run
 _ACTIVATION_NAMES: dict[type[torch.nn.Module], str] = {torch.nn.Tanh: "tanh", torch.nn.ReLU: "relu"}
 
 
@@ -24,4 +26,23 @@ def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
     between = {type(m) for m in layers} - {torch.nn.Linear}
     if len(between) != 1 or not between <= _ACTIVATION_NAMES.keys():
         raise ValueError(f"model: cannot export an actor with the layers {[type(m).__name__ for m in layers]}")
-    return SchedulePolicy([(m.weight, m.bias) for m in linear], activation=_ACTIVATION_NAMES[between.pop()], info=info)
+    weights = [(m.weight.detach().clone(), m.bias.detach().clone()) for m in linear]  # training may go on
+    return SchedulePolicy(weights, activation=_ACTIVATION_NAMES[between.pop()], info=info)
+
+
+def load_checkpoint(source: str | Path) -> SchedulePolicy:
+    """The policy of a checkpoint, or of the checkpoint in the folder of a training run. Reads pickles.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is not a Stable-Baselines3 PPO model, or not one of a scheduling policy.
+    """
+    path = Path(source)
+    path = path / CHECKPOINT if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    try:
+        model = PPO.load(path, device="cpu", custom_objects={"learning_rate": 0.0, "lr_schedule": None})
+    except Exception as error:  # a damaged pickle raises whatever it likes
+        raise ValueError(f"{path} cannot be read as a Stable-Baselines3 PPO model: {error}") from error
+    return export(model, info={"training": {"decisions_done": model.num_timesteps}})

@@ -18,8 +18,12 @@ def episode_paths(policy: Evaluation, zero: Evaluation, episodes: int = 4) -> Fi
 
     episodes = min(episodes, len(policy.returns))
     rows = (*ROWS, ("validation_loss", "validation loss", "log"))
-    figure = Figure(figsize=(3.2 * episodes, 2 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), episodes, sharex="col", squeeze=False)
+    width, height = 1 + 3 * episodes, 2 * len(rows)  # inches
+    figure = Figure(figsize=(width, height))  # margins by hand: the layout engines of matplotlib take seconds
+    margins = {"left": 0.9 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.4 / height}
+    axes = figure.subplots(
+        len(rows), episodes, sharex="col", squeeze=False, gridspec_kw={**margins, "wspace": 0.28, "hspace": 0.12}
+    )
     for column in range(episodes):
         adaptive = policy.paths["adaptive"][column][0] > 0
         axes[0][column].set_title(f"episode {column}, {'AdamW' if adaptive else 'SGD'}")
@@ -28,6 +32,7 @@ def episode_paths(policy: Evaluation, zero: Evaluation, episodes: int = 4) -> Fi
             row.plot(policy.paths["inner_steps"][column], policy.paths[key][column], label="policy")
             row.plot(zero.paths["inner_steps"][column], zero.paths[key][column], "--", label="fallback")
             row.set_yscale(scale)
+            row.tick_params(which="both", labelsize=7)
             if column == 0:
                 row.set_ylabel(label)
     axes[0][0].legend()

@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from rlsched.agents.config import TrainConfig
 from rlsched.agents.evaluation import Evaluation, evaluate
-from rlsched.agents.export import export
+from rlsched.agents.export import CHECKPOINT, export
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv
 from rlsched.policy import SchedulePolicy
 
-CONFIG, CHECKPOINT, POLICY = "config.json", "checkpoint.zip", "policy.safetensors"
+CONFIG, POLICY = "config.json", "policy.safetensors"
 ACTIVATIONS = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 
 

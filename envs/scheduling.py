@@ -160,7 +160,10 @@ SchedulingVectorEnv.__doc__ = (SchedulingVectorEnv.__doc__ or "").format(
 
 
 class SchedulingEnv(gymnasium.Env[Array, Array]):
-    """One inner training run: a `SchedulingVectorEnv` of one, with its arguments and its documentation."""
+    """One inner training run: a `SchedulingVectorEnv` of one, with its arguments and its documentation.
+
+    Its network is of the mixture's first task. To meet the others, make several: `gymnasium.make_vec`.
+    """
 
     metadata: dict[str, Any] = {"render_modes": []}
 

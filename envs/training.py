@@ -9,6 +9,7 @@ follows the gradient is elementwise. The updates are those of `torch.optim.SGD` 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class InnerTraining:
     def __init__(self, task: InnerTask, size: int, *, compile: bool = False) -> None:
         self.task = task
         self.size = size
-        network = task.network().requires_grad_(False)
+        network = deepcopy(task.network()).requires_grad_(False)  # the task may hand out one network to all
         shapes = {name: p.shape for name, p in network.named_parameters()}
         sizes = [shape.numel() for shape in shapes.values()]
         parameters = sum(sizes)

@@ -120,7 +120,7 @@ class Controller:
         if any(grad.is_sparse for grad in grads):
             raise ValueError("optimizer: sparse gradients are not supported; use Embedding(..., sparse=False)")
         device = grads[0].device
-        loss = torch.stack([x.to(device) for x in losses]).mean() if losses else None
+        loss = _mean_over_ranks(torch.stack([x.to(device) for x in losses]).mean()) if losses else None
         self._loss_was_reported |= loss is not None
         if self.window is None:
             like: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -332,6 +332,14 @@ class Controller:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"rlsched: {message}", stacklevel=4)
+
+
+def _mean_over_ranks(loss: Tensor) -> Tensor:
+    """The loss of the whole batch. Ranks that decided by their own part of it would drift apart."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(loss)
+        loss = loss / torch.distributed.get_world_size()
+    return loss
 
 
 def _host(value: float | list[float]) -> Tensor:

@@ -57,6 +57,7 @@ class ScheduledOptimizer(Optimizer):
         - A step without any gradient is passed on, warned about once, and does not count.
         - The first step is taken at a thousandth of the learning rate, to learn whether the full one would diverge.
         - An optimizer without momentum (SGD's default) keeps it that way.
+        - Where torch.distributed is initialized, all ranks have to report a loss, or none; its mean counts.
 
     Raises:
         ValueError: an argument is out of its range, the optimizer has no "lr", or gradients are sparse.

@@ -141,8 +141,9 @@ class SchedulePolicy:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights: the same for the same policy, wherever it was saved."""
-        return _digest({f"{i}.{j}": t for i, layer in enumerate(self.weights) for j, t in enumerate(layer)}, {})
+        """SHA-256 of all that decides the actions: the same for the same policy, wherever it was saved."""
+        tensors = {f"{i}.{j}": t for i, layer in enumerate(self.weights) for j, t in enumerate(layer)}
+        return _digest(tensors, {"activation": self.activation, "safe_start": str(self.safe_start)})
 
     def __repr__(self) -> str:
         widths = [len(OBSERVATIONS), *(bias.numel() for _, bias in self.weights)]

@@ -74,8 +74,9 @@ def table(results: Results) -> str:
                 rows.append([f"{schedule}, lr × {factor:g}", "1", *cells])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     caption = (
-        f"Final log validation loss (lower is better), mean ± standard deviation over {'/'.join(map(str, sorted(seeds)))} "
-        f"seeds; × is the factor on the usual default learning rate; a diverged run counts as {WORST:g}."
+        "Final log validation loss (lower is better), mean ± standard deviation over "
+        f"{'/'.join(map(str, sorted(seeds)))} seeds; × is the factor on the usual default learning rate; "
+        f"a diverged run counts as {WORST:g}."
     )
     return "\n".join([*lines, "", caption])
 

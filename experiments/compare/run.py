@@ -131,9 +131,8 @@ def perform(
 
         writer = SummaryWriter(str(log_dir))
     optimizer = base.make(network.parameters(), lr=base.lr * run.lr_factor, **base.options)
-    scheduler = None
     if run.schedule == POLICY:
-        optimizer = ScheduledOptimizer(optimizer, total_steps=run.steps, policy=policy, writer=writer)
+        scheduled = ScheduledOptimizer(optimizer, total_steps=run.steps, policy=policy, writer=writer)
     else:
         scheduler = SCHEDULES[run.schedule](optimizer, run.steps)
 
@@ -143,14 +142,15 @@ def perform(
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(network(x), y)
         loss.backward()
-        if scheduler is None:
-            optimizer.step(loss=loss)  # type: ignore[call-arg]
-        else:
-            optimizer.step()
         group = optimizer.param_groups[0]
-        lr, momentum = float(group["lr"]), float(group["betas"][0] if "betas" in group else group["momentum"])
-        if scheduler is not None:
+        if run.schedule == POLICY:
+            scheduled.step(loss=loss)
+            lr = float(group["lr"])
+        else:
+            lr = float(group["lr"])
+            optimizer.step()
             scheduler.step()
+        momentum = float(group["betas"][0] if "betas" in group else group["momentum"])
         if (step + 1) % max(1, run.steps // EVALUATIONS) == 0 or step + 1 == run.steps:
             validation_loss, accuracy = validate(network, data)
             curve.append((step + 1, validation_loss, accuracy, lr, momentum))

@@ -44,7 +44,7 @@ class Task:
         layers: list[nn.Module] = []
         for fan_in, fan_out in zip(self.widths[:-2], self.widths[1:-1], strict=True):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(*self.widths[-2:]))
+        return nn.Sequential(*layers, nn.Linear(self.widths[-2], self.widths[-1]))
 
 
 @lru_cache(maxsize=4)

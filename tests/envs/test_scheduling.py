@@ -18,6 +18,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 def zeros(runs):
+    """The actions that stand still."""
     return np.zeros((runs, len(control.CONTROLS)), np.float32)
 
 
@@ -234,7 +235,7 @@ def test_divergence_stays_within_its_run(make_task, play):
 
 
 def test_zero_actions_are_the_fallback_schedule(make_task):
-    """The policy's actions are corrections to this schedule; were it another, a user's fallback would be another too."""
+    """The policy's actions are corrections to this schedule; were it another, so would a user's fallback be."""
     task = make_task(decisions=(7, 7), other_momentum=0.5, no_momentum=0.3)
     runs = 8
     env = SchedulingVectorEnv(runs, [task], safe_start=False, autoreset=False)

@@ -14,6 +14,7 @@ RUNS = 5
 
 @pytest.fixture
 def tasks(make_task):
+    """Three architectures, so that no shard has a whole number of mixtures."""
     return [make_task(), make_task(hidden=(5,)), make_task(hidden=())]
 
 

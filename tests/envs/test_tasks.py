@@ -15,7 +15,7 @@ from rlsched.envs.tasks import log_uniform
 GENERATED = {"inputs": 8, "hidden": (24,), "classes": 4, "points": (512, 512), "label_noise": 0.0}
 TASKS = {
     "teacher": TeacherStudent(**GENERATED, spectrum=(1.5, 1.5), teacher_gain=(1.0, 1.0)),
-    "prototypes": Prototypes(**GENERATED, noise=(0.4, 0.4)),
+    "prototypes": Prototypes(**GENERATED, separation=(4.0, 4.0)),
     "digits": Digits(hidden=(24,)),
 }
 
@@ -57,16 +57,14 @@ def test_absurd_learning_rate_diverges(name, adaptive):
     assert (total < 0.1).all()
 
 
-def test_prototypes_are_as_noisy_as_they_say():
+def test_prototypes_are_as_far_apart_as_they_say():
     """Classes that overlap more than stated have no loss to reach, and teach a policy to stop early."""
-    task = Prototypes(
-        inputs=400, classes=2, prototypes=(1, 1), noise=(0.5, 0.5), spectrum=(0.0, 0.0), input_scale=(1.0, 1.0),
-        points=(4000, 4000), label_noise=0.0,
-    )  # fmt: skip
+    flat = {"spectrum": (0.0, 0.0), "input_scale": (1.0, 1.0), "label_noise": 0.0, "points": (8000, 8000)}
+    task = Prototypes(inputs=200, classes=4, prototypes=(1, 1), separation=(3.0, 3.0), **flat)
     e = task.episode(np.random.default_rng(0))
-    means = torch.stack([e.inputs[e.targets == c].mean(0) for c in (0, 1)])
-    within = (e.inputs - means[e.targets]).square().mean().sqrt()
-    assert within / means.square().mean().sqrt() == pytest.approx(0.5, rel=0.1)
+    means = torch.stack([e.inputs[e.targets == c].mean(0) for c in range(4)])
+    noise = (e.inputs - means[e.targets]).square().mean().sqrt()
+    assert torch.pdist(means).mean() / 2 / noise == pytest.approx(3.0, rel=0.1)
     assert e.inputs.square().mean().sqrt() == pytest.approx(1.0, rel=0.1)
 
 
@@ -188,7 +186,7 @@ def test_log_uniform_is_uniform_in_the_logarithm():
         (lambda: TeacherStudent(classes=0), "classes"),
         (lambda: TeacherStudent(label_noise=2.0), "label_noise"),
         (lambda: TeacherStudent(teacher_width=0), "teacher_width"),
-        (lambda: Prototypes(noise=(2.0, 1.0)), "noise"),
+        (lambda: Prototypes(separation=(2.0, 1.0)), "separation"),
         (lambda: Prototypes(prototypes=(0, 1)), "prototypes"),
         (lambda: mixture("mnist"), "tasks"),
         (lambda: mixture([]), "tasks"),

@@ -41,7 +41,7 @@ def test_inner_steps_are_those_of_torch_optim(make_task, setup):
         episode = task.episode(rng)
         torch.testing.assert_close(episode.params, start[run], rtol=0, atol=0)
         drawn = task.setup.draw(rng, episode.loss_scale)
-        network = deepcopy(task.network()).requires_grad_()
+        network = deepcopy(task.network())
         vector_to_parameters(episode.params, network.parameters())
         if drawn.adaptive:
             options = {"betas": (drawn.momentum, 0.999), "weight_decay": drawn.weight_decay}
@@ -78,7 +78,7 @@ def test_validation_loss_is_without_the_loss_scale(make_task):
     training.begin([0, 1, 2], [np.random.default_rng(run) for run in range(3)])
     for run in range(3):
         episode = task.episode(np.random.default_rng(run))
-        network = deepcopy(task.network()).requires_grad_()
+        network = deepcopy(task.network())
         vector_to_parameters(episode.params, network.parameters())
         loss = task.loss(network(episode.validation_inputs), episode.validation_targets).detach()
         torch.testing.assert_close(training.validation_loss([run])[0], loss, rtol=1e-5, atol=1e-6)
@@ -102,3 +102,10 @@ def test_new_episode_leaves_the_other_networks_alone(make_task):
         torch.testing.assert_close(after[[0, 2]], before, rtol=0, atol=0)
     assert torch.equal(training._data.inputs.view(3, -1)[[0, 2]], data)
     assert training.networks.steps.tolist() == [5, 1, 5]
+
+
+def test_network_of_the_task_is_left_as_it_is(make_task):
+    """A user who trains with the task's own network would find that it no longer takes gradients."""
+    task = make_task()
+    InnerTraining(task, 2)
+    assert all(p.requires_grad for p in task.network().parameters())

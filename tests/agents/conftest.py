@@ -1,0 +1,49 @@
+"""A mixture so small that PPO trains on it in seconds."""
+
+import pytest
+
+from rlsched.agents import TrainConfig
+from rlsched.envs import MIXTURES, SetupDistribution, TeacherStudent
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The inner tasks of the mixture that is called "tiny" while the test runs."""
+    tasks = tuple(
+        TeacherStudent(
+            inputs=6,
+            hidden=hidden,
+            classes=3,
+            batch_size=8,
+            interval=4,
+            points=(32, 64),
+            validation_points=16,
+            setup=SetupDistribution(decisions=(6, 9), sgd_lr=(1e-4, 1e-1), adaptive_lr=(1e-4, 1e-2)),
+        )
+        for hidden in ((8,), (5,))
+    )
+    monkeypatch.setitem(MIXTURES, "tiny", tasks)
+    return tasks
+
+
+@pytest.fixture
+def make_config(tiny, tmp_path):
+    """A configuration of three updates, in a folder of its own."""
+
+    def make(**options):
+        defaults = {
+            "run_dir": str(tmp_path / "run"),
+            "tasks": "tiny",
+            "decisions": 3 * 32,
+            "num_envs": 4,
+            "processes": 1,
+            "n_steps": 8,
+            "batch_size": 16,
+            "n_epochs": 1,
+            "hidden": (8,),
+            "eval_every": 2,
+            "eval_episodes": 3,
+        }
+        return TrainConfig(**{**defaults, **options})
+
+    return make

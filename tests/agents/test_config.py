@@ -1,0 +1,45 @@
+"""A configuration says what is wrong with it before hours are spent on it."""
+
+import json
+
+import pytest
+
+from rlsched.agents import PRESETS, TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"tasks": "nothing"}, "tasks"),
+        ({"decisions": 0}, "decisions"),
+        ({"decisions": 1000}, "decisions"),
+        ({"num_envs": -1}, "num_envs"),
+        ({"num_envs": 2, "processes": 3, "n_steps": 2048}, "processes"),
+        ({"processes": 0}, "processes"),
+        ({"n_steps": 0}, "n_steps"),
+        ({"batch_size": 10**6}, "batch_size"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"target_kl": -1.0}, "target_kl"),
+        ({"hidden": ()}, "hidden"),
+        ({"hidden": (64, 0)}, "hidden"),
+        ({"activation": "gelu"}, "activation"),
+        ({"eval_episodes": 0}, "eval_episodes"),
+    ],
+)
+def test_wrong_field_is_named(options, field):
+    """A wrong number would surface an hour later, or never."""
+    with pytest.raises(ValueError, match=rf"^{field} must "):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid(preset):
+    """A preset is what the README tells a newcomer to run first."""
+    TrainConfig(**PRESETS[preset])
+
+
+def test_hyperparameters_survive_json():
+    """A run is resumed only if its configuration, read back, equals itself."""
+    hyperparameters = TrainConfig(run_dir="somewhere", processes=1).hyperparameters()
+    assert json.loads(json.dumps(hyperparameters)) == hyperparameters
+    assert hyperparameters == TrainConfig(run_dir="elsewhere", processes=2).hyperparameters()

@@ -1,0 +1,107 @@
+"""The `rlsched` command."""
+
+import subprocess
+import sys
+
+import pytest
+
+import rlsched
+from rlsched import SchedulePolicy
+from rlsched.cli import main
+
+SIZES = {"num-envs": 8, "n-steps": 4, "batch-size": 16, "decisions": 64, "processes": 1, "eval-episodes": 4}
+TINY = ["--tasks", "small", *(word for name, value in SIZES.items() for word in (f"--{name}", str(value)))]
+
+
+def test_train_compare_export_work_on_each_others_output(tmp_path, capsys):
+    """The three verbs are one path for a newcomer: what one writes the next must read."""
+    run_dir, out = tmp_path / "run", tmp_path / "compare"
+    assert main(["train", "--run-dir", str(run_dir), *TINY]) == 0
+    printed = capsys.readouterr().out
+    policy_file = run_dir / "policy.safetensors"
+    assert str(policy_file) in printed
+    exported = tmp_path / "exported.safetensors"
+    assert main(["export", str(run_dir), "--out", str(exported)]) == 0
+    assert SchedulePolicy.load(exported).digest == SchedulePolicy.load(policy_file).digest
+    arguments = [
+        "--policy",
+        str(policy_file),
+        "--steps",
+        "5",
+        "--seeds",
+        "1",
+        "--optimizers",
+        "adam",
+        "--out",
+        str(out),
+    ]
+    assert main(["compare", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "digits, adam, 5 steps" in printed
+    for name in ("table.md", "plot.png", "runs.jsonl", "tensorboard"):
+        assert str(out / name) in printed
+        assert (out / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--preset", "huge"], "preset"),
+        (["train", "--tasks", "imagenet"], "tasks"),
+        (["train", "--decisions", "0"], "decisions"),
+        (["compare", "--policy", "nothing.safetensors"], "nothing.safetensors"),
+        (["compare", "--policy", "nobody"], "nobody"),
+        (["compare", "--tasks", "imagenet"], "tasks"),
+        (["compare", "--tasks", "mnist"], "--data"),
+        (["compare", "--tasks", "mnist", "--data", "nowhere"], "nowhere"),
+        (["export", "nowhere", "--out", "x.safetensors"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
+    """A traceback hides which argument was wrong."""
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"rlsched {arguments[0]}: error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize("verb", ["train", "compare", "export"])
+def test_help_has_examples(verb, capsys):
+    """Somebody who asks for help wants a line to copy."""
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "examples:" in printed
+    assert f"rlsched {verb}" in printed
+
+
+def test_interrupt_is_no_traceback(monkeypatch, capsys):
+    """Ctrl-C during a long training should say how to go on."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlsched.cli._train", interrupt)
+    assert main(["train"]) == 130
+    assert "same command" in capsys.readouterr().err
+
+
+def test_train_without_the_extras_says_what_to_install():
+    """A plain install has the command but not the packages to train with."""
+    code = (
+        "import sys; sys.modules.update({n: None for n in ('gymnasium', 'stable_baselines3')});"
+        "from rlsched.cli import main; sys.exit(main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "rlsched[train]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_version(capsys):
+    """Bug reports need it."""
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert rlsched.__version__ in capsys.readouterr().out
