@@ -17,6 +17,18 @@ FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install in
 EXTRAS = ("gymnasium", "stable_baselines3", "tensorboard", "matplotlib", "sklearn")
 
 
+WITHOUT_EXTRAS = f"""
+import importlib, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
 def run_python(code: str, cwd: Path, path: Path | None = None) -> str:
     """Run code in a new interpreter in cwd, path in front of the installed packages; return its output."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONSAFEPATH": "1"}
@@ -137,20 +149,36 @@ def test_core_modules_import_without_the_extras(tmp_path: Path) -> None:
     names = {module.name for module in pkgutil.iter_modules([str(ROOT / "rlsched")])}
     core = sorted(names - {*FOLDERS, "__main__"})
     assert {"optimizer", "policy"} <= set(core)
-    code = f"""
-        import importlib, sys
-
-        class Absent:
-            def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0] in {EXTRAS!r}:
-                    raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
-
-        sys.meta_path.insert(0, Absent())
-        for name in {core!r}:
-            importlib.import_module("rlsched." + name)
-            print(name)
-    """
+    code = (
+        WITHOUT_EXTRAS
+        + f"""
+for name in {core!r}:
+    importlib.import_module("rlsched." + name)
+    print(name)
+"""
+    )
     assert run_python(code, cwd=tmp_path, path=ROOT).split() == core
+
+
+def test_default_policy_drives_an_optimizer_without_the_extras(unpacked: Path, tmp_path: Path) -> None:
+    """A practitioner installs the wrapper alone; the shipped policy must come with it and run."""
+    code = (
+        WITHOUT_EXTRAS
+        + """
+import torch, rlsched
+weights = torch.nn.Parameter(torch.ones(3))
+optimizer = rlsched.ScheduledOptimizer(torch.optim.SGD([weights], lr=0.1, momentum=0.9), total_steps=20)
+for _ in range(20):
+    optimizer.zero_grad()
+    loss = weights.square().sum()
+    loss.backward()
+    optimizer.step(loss=loss)
+print(rlsched.__file__, loss.item() < 3)
+"""
+    )
+    file, learned = run_python(code, cwd=tmp_path, path=unpacked).split()
+    assert Path(file).is_relative_to(unpacked)
+    assert learned == "True"
 
 
 def test_distribution_needs_only_the_core_dependencies(wheel: Path) -> None:

@@ -166,7 +166,7 @@ def perform(
         "log_loss": math.log(curve[-1][1]) if math.isfinite(curve[-1][1]) else math.nan,
         "accuracy": curve[-1][2],
         "seconds": seconds,
-        "curve": curve,
+        "curve": [[step, *(float(f"{value:.5g}") for value in values)] for step, *values in curve],
     }
 
 
