@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Figure, HParam, configure
+from stable_baselines3.common.logger import Figure, HParam, Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
 from rlsched.agents.config import TrainConfig
@@ -27,13 +27,20 @@ from rlsched.policy import SchedulePolicy
 
 CONFIG, POLICY = "config.json", "policy.safetensors"
 ACTIVATIONS = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
+LAYOUT = {
+    "training": {
+        "return": ["Multiline", ["eval/return", "eval/return_of_zero_policy", "rollout/ep_rew_mean"]],
+        "gain over the fallback": ["Multiline", ["eval/gain", "eval/median_gain"]],
+    }
+}
 
 
 def train(config: TrainConfig | None = None) -> SchedulePolicy:
     """Train a scheduling policy, or go on where an interrupted training in `config.run_dir` stopped.
 
     The folder gets `config.json`, `checkpoint.zip` (after every update; a Stable-Baselines3 model), TensorBoard event
-    files, and at the end `policy.safetensors`. If that is there already, it is loaded and nothing is trained.
+    files, and at the end `policy.safetensors`. A finished run is loaded, and nothing is trained, unless
+    `config.decisions` is now more than it had: then it is trained further.
 
     Raises:
         ValueError: `run_dir` holds a run with other hyperparameters, or a checkpoint that cannot be read.
@@ -42,14 +49,16 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
     run_dir = Path(config.run_dir)
     _claim(run_dir, config)
     if (run_dir / POLICY).exists():
-        return SchedulePolicy.load(run_dir / POLICY)
+        policy = SchedulePolicy.load(run_dir / POLICY)
+        if policy.info["training"]["decisions_done"] >= config.decisions:
+            return policy
 
     with ExitStack() as stack:
         env = VectorEnvAdapter(_vector_env(config, config.num_envs, compile=config.compile))
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
-        model.set_logger(configure(str(run_dir), ["tensorboard"]))
+        model.set_logger(_tensorboard(run_dir))
         stack.callback(model.logger.close)
         bar = stack.enter_context(_progress_bar(config, model.num_timesteps))
         evaluation = _EvaluationCallback(config, bar)
@@ -67,11 +76,13 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
 
 
 def _claim(run_dir: Path, config: TrainConfig) -> None:
-    """Write the configuration, or check that it is the one of the run that is there."""
+    """Write the configuration, after a check that a run that is there differs at most in having fewer decisions."""
     hyperparameters = config.hyperparameters()
     path = run_dir / CONFIG
     if path.exists():
         there = json.loads(path.read_text())
+        if there.get("decisions", 0) < config.decisions:
+            there["decisions"] = config.decisions
         differing = [
             f"{key} (there {there.get(key)!r}, now {hyperparameters.get(key)!r})"
             for key in sorted(there.keys() | hyperparameters.keys())
@@ -82,9 +93,10 @@ def _claim(run_dir: Path, config: TrainConfig) -> None:
                 f"run_dir: {str(run_dir)!r} holds a run with other hyperparameters: {', '.join(differing)}. "
                 "Choose another run_dir, or delete that one"
             )
-    else:
+    text = json.dumps(hyperparameters, indent=2) + "\n"
+    if not path.exists() or path.read_text() != text:
         run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(hyperparameters, indent=2) + "\n")
+        path.write_text(text)
 
 
 def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> SchedulingVectorEnv | ShardedVectorEnv:
@@ -130,6 +142,13 @@ def _resume(checkpoint: Path, env: VectorEnvAdapter, config: TrainConfig) -> PPO
 def _learning_rate(config: TrainConfig) -> Any:
     start, end = config.learning_rate, config.final_learning_rate
     return lambda remaining: end + (start - end) * remaining
+
+
+def _tensorboard(run_dir: Path) -> Logger:
+    """A logger to event files in `run_dir`, with the policy and the fallback in one chart (Custom Scalars)."""
+    output = TensorBoardOutputFormat(str(run_dir))
+    output.writer.add_custom_scalars(LAYOUT)
+    return Logger(str(run_dir), [output])
 
 
 def _progress_bar(config: TrainConfig, done: int) -> Any:

@@ -9,9 +9,9 @@ from rlsched.envs.tasks import Digits, InnerTask, Prototypes, TeacherStudent
 MIXTURES: dict[str, tuple[InnerTask, ...]] = {
     "mlp": (
         TeacherStudent(inputs=24, hidden=(32, 32), classes=8, batch_size=32, interval=10),
-        Prototypes(inputs=32, hidden=(32, 32), classes=10, batch_size=16, interval=4),
+        Prototypes(inputs=32, hidden=(32, 32), classes=10, batch_size=16, interval=10),
         TeacherStudent(inputs=16, hidden=(24, 24, 24), classes=5, batch_size=32, interval=10, activation="gelu"),
-        Prototypes(inputs=64, hidden=(32,), classes=10, batch_size=32, interval=10),
+        Prototypes(inputs=64, hidden=(48, 48), classes=10, batch_size=32, interval=4),
         Prototypes(inputs=24, hidden=(32, 32), classes=8, batch_size=32, interval=5, activation="tanh"),
         Prototypes(inputs=40, hidden=(48, 24), classes=10, batch_size=24, interval=16),
     ),

@@ -21,7 +21,7 @@ from rlsched import control, signals
 from rlsched.control import CONTROLS
 from rlsched.envs.mixtures import mixture
 from rlsched.envs.tasks import InnerTask
-from rlsched.envs.training import InnerTraining
+from rlsched.envs.training import InnerTraining, sum_to_average
 from rlsched.signals import OBSERVATIONS
 from rlsched.spec import control_table, observation_table
 
@@ -213,7 +213,8 @@ class _Group:
         moments = training.first_step(slots, chosen, base, control.PROBE if safe_start else 1.0)
         state = base
         if safe_start:
-            state = control.safe_start(base, moments.predicted_decrease[:, -1], moments.update_ratio[:, -1])
+            growth = sum_to_average(training.settings)[slots]
+            state = control.safe_start(base, moments.predicted_decrease[:, -1], moments.update_ratio[:, -1], growth)
         run, steps = training.run(slots), training.networks.steps[slots]
         fresh = signals.start((len(slots),))
         observation, history = signals.observe(moments, run, fresh, steps, state)

@@ -212,11 +212,14 @@ class Hyperparameters(NamedTuple):
     clip_multiple: Tensor
 
 
+def sum_to_average(settings: Settings) -> Tensor:
+    """Base lr on the average of gradients over that in torch's terms, (networks,): SGD's momentum is their sum."""
+    return torch.where(settings.adaptive > 0, 1.0, 1 / (1 - settings.momentum))
+
+
 def _hyperparameters(states: Tensor, settings: Settings) -> Hyperparameters:
-    # torch's SGD multiplies the lr with a sum of gradients, which is 1 / (1 - momentum) times their average.
-    sum_to_average = torch.where(settings.adaptive > 0, 1.0, 1 / (1 - settings.momentum))
     return Hyperparameters(
-        settings.lr * sum_to_average * states[:, control.LR].exp(),
+        settings.lr * sum_to_average(settings) * states[:, control.LR].exp(),
         control.momentum_of(states[:, control.MOMENTUM]),
         control.clip_multiple(states[:, control.CLIP]),
     )

@@ -96,25 +96,28 @@ def clip_multiple(state: Tensor) -> Tensor:
 # A base learning rate can be so large that training diverges before the first decision. So the first inner step of
 # a scheduled run is a probe: it is taken at PROBE times the base learning rate, and what it did to the weights is
 # measured. Updates are proportional to the learning rate, whatever the optimizer, so the probe tells what a step at
-# the full base learning rate would have done. If that step promised to take away more than MAX_DECREASE of the
-# loss, or (where no loss is known) to move the weights by more than MAX_UPDATE of their norm, the run starts from
-# the learning rate that stays within the limit. The usual default learning rates do.
+# the full base learning rate would have done. If that step promised to take away more than MAX_DECREASE of the loss,
+# or a step with all of its momentum to move the weights by more than MAX_UPDATE of their norm, the run starts from
+# the learning rate that stays within both limits. The usual default learning rates do, or nearly.
 
 PROBE = math.exp(-7)  # factor on the base learning rate in the probe
-MAX_DECREASE = 0.3  # of the loss, as predicted to first order by one full step
-MAX_UPDATE = 0.02  # of the norm of the weights, by one full step
+MAX_DECREASE = 0.3  # of the loss, as predicted to first order
+MAX_UPDATE = 0.1  # of the norm of the weights
 
 
-def safe_start(state: Tensor, predicted_decrease: Tensor, update_ratio: Tensor) -> Tensor:
-    """The control state after the probe.
+def safe_start(state: Tensor, predicted_decrease: Tensor, update_ratio: Tensor, growth: Tensor) -> Tensor:
+    """The control state after the probe; the lowest learning rate where the probe itself was not finite.
 
     Args:
         state: initial control state, (*batch, controls).
         predicted_decrease: ⟨Δθ, g⟩ / loss of the probe, (*batch,); NaN where the loss is not known.
-        update_ratio: ‖Δθ‖ / ‖θ‖ of the probe, (*batch,).
+        update_ratio: ‖Δθ‖ / ‖θ‖ of the probe, (*batch,). One or more says that the weights began near zero, and
+            then there is nothing to compare an update with.
+        growth: how many times the first update a later one is, once momentum has built up, (*batch,):
+            1 / (1 − momentum) where momentum sums gradients, else 1.
     """
-    by_loss = MAX_DECREASE / (predicted_decrease / PROBE).clamp(min=1e-12)
-    by_weights = MAX_UPDATE / (update_ratio / PROBE).clamp(min=1e-12)
-    limit = torch.where(predicted_decrease.isfinite(), by_loss, by_weights)
-    offset = limit.log().clamp(CONTROLS[LR].low, 0).nan_to_num(CONTROLS[LR].low)
+    by_loss = MAX_DECREASE / (predicted_decrease / PROBE).clamp(min=1e-12).nan_to_num(1e-12)
+    by_weights = MAX_UPDATE / (growth * update_ratio / PROBE).clamp(min=1e-12)
+    limit = torch.minimum(by_loss, torch.where(update_ratio < 1, by_weights, torch.inf))
+    offset = torch.where(update_ratio.isfinite(), limit.log(), CONTROLS[LR].low).clamp(CONTROLS[LR].low, 0)
     return torch.cat([offset.unsqueeze(-1), state[..., LR + 1 :]], -1)

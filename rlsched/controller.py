@@ -204,8 +204,9 @@ class Controller:
         step = _host(float(self.step_count))
         acts = bool(self._mask.any())
         if self.step_count == 1 and self._probes():
+            growth = _host(1 / (1 - self._first_momentum()) if self._sums_gradients() else 1.0)
             self.control_state = control.safe_start(
-                self.control_state, window.predicted_decrease[-1], window.update_ratio[-1]
+                self.control_state, window.predicted_decrease[-1], window.update_ratio[-1], growth
             )
         if read[-1] > 0 and self._mask[LR]:
             self.control_state = safety.cut_lr(self.control_state)

@@ -98,10 +98,10 @@ def test_decision_interval_gives_at_most_so_many_decisions(total, decisions, int
     assert control.decision_interval(total, decisions) == interval
 
 
-def safe(decrease, ratio):
-    """The learning rate's control after a probe with such moments, and the rest of the state."""
+def safe(decrease, ratio, growth=1.0):
+    """The learning rate's control after a probe with such moments; the rest of the state stays."""
     state = torch.tensor([0.0, 1.0, 3.0])
-    after = control.safe_start(state, torch.tensor(decrease), torch.tensor(ratio))
+    after = control.safe_start(state, torch.tensor(decrease), torch.tensor(ratio), torch.tensor(growth))
     assert torch.equal(after[LR + 1 :], state[LR + 1 :])
     return after[LR].item()
 
@@ -114,16 +114,20 @@ def test_safe_start_goes_down_to_the_limit_that_the_probe_foretells():
     """
     for d in (1e-3, 1e-2, 0.1):
         assert safe(d, 0.0) == pytest.approx(max(-7, math.log(control.MAX_DECREASE * control.PROBE / d)), rel=1e-5)
-    for u in (1e-4, 1e-3):
-        assert safe(math.nan, u) == pytest.approx(math.log(control.MAX_UPDATE * control.PROBE / u), rel=1e-5)
+    for u in (1e-3, 1e-2):
+        for d in (math.nan, 0.01 * control.PROBE):
+            expected = math.log(control.MAX_UPDATE * control.PROBE / u)
+            assert safe(d, u) == pytest.approx(expected, rel=1e-5)
+            assert safe(d, u / 10, growth=10.0) == pytest.approx(expected, rel=1e-5)
 
 
 def test_safe_start_leaves_a_harmless_learning_rate():
-    """Every run would begin slowly; and a loss that is known says more than the size of the update."""
+    """Every run would begin slowly; and weights that begin at zero say nothing about the size of an update."""
     assert safe(0.1 * control.PROBE, 0.001 * control.PROBE) == 0
     assert safe(0.1 * control.PROBE, 1.0) == 0
     assert safe(-1.0, 1.0) == 0  # uphill: maximizing
     assert safe(math.nan, 0.01 * control.PROBE) == 0
+    assert safe(math.nan, 1.0) == 0
 
 
 @pytest.mark.parametrize("decrease, ratio", [(math.nan, math.nan), (math.nan, math.inf), (1e30, 1.0)])

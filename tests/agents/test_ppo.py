@@ -94,6 +94,17 @@ def test_finished_run_is_not_trained_again(make_config, monkeypatch):
 
 
 @pytest.mark.usefixtures("_no_pictures")
+def test_finished_run_is_trained_further_when_more_is_asked_for(make_config):
+    """Whoever finds a policy still improving must not have to start over, and one who asks for less keeps it all."""
+    first = train(make_config(decisions=32))
+    longer = train(make_config(decisions=64))
+    assert longer.digest != first.digest
+    assert longer.info["training"]["decisions_done"] == 64
+    with pytest.raises(ValueError, match="decisions"):
+        train(make_config(decisions=32))
+
+
+@pytest.mark.usefixtures("_no_pictures")
 def test_interrupted_run_goes_on(make_config, monkeypatch):
     """A machine that goes away must cost no more than the update it was in."""
     config = make_config()
