@@ -141,17 +141,18 @@ class _Generated(_Classification):
     classes: int = 8
     # Training points, log-uniform. Enough that a small network does not learn them by heart in one run: tasks that
     # overfit teach a policy to stop early, and then it stops early everywhere.
-    points: tuple[int, int] = (2048, 8192)
+    points: tuple[int, int] = (1024, 8192)
     validation_points: int = 128
     spectrum: tuple[float, float] = (0.0, 1.5)  # exponent of the inputs' standard deviations, uniform
     input_scale: tuple[float, float] = (0.3, 3.0)  # log-uniform
+    positive: float = 0.4  # probability that inputs are cut at zero: sparse and of a mean that is not, like pixels
     label_noise: float = 0.1  # the most, uniform from 0, in a quarter of the episodes; else none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_counts(self, "inputs", "classes", "validation_points")
         _check_ranges(self, "points", "input_scale")
-        _check_probabilities(self, "label_noise")
+        _check_probabilities(self, "positive", "label_noise")
 
     @property
     def max_points(self) -> int:
@@ -165,7 +166,8 @@ class _Generated(_Classification):
         spectrum = np.arange(1, self.inputs + 1, dtype=np.float32) ** np.float32(-rng.uniform(*self.spectrum))
         rng.shuffle(spectrum)
         spectrum /= np.sqrt(np.mean(spectrum**2))
-        inputs, targets = self._draw(rng, points + self.validation_points, spectrum)
+        floor = np.float32(rng.uniform(-0.5, 0.5)) if rng.random() < self.positive else None
+        inputs, targets = self._draw(rng, points + self.validation_points, spectrum, floor)
         if rng.random() < 0.25:
             wrong = rng.random(len(targets)) < rng.uniform(0, self.label_noise)
             targets = np.where(wrong, rng.integers(self.classes, size=len(targets)), targets)
@@ -174,8 +176,8 @@ class _Generated(_Classification):
         weights = self._initial_weights(rng, self.network())
         return Episode(weights, x[:points], y[:points], x[points:], y[points:], log_uniform(rng, *self.loss_scale))
 
-    def _draw(self, rng: Generator, count: int, spectrum: Array) -> tuple[Array, Array]:
-        """Inputs (count, inputs) of about unit scale, and labels (count,)."""
+    def _draw(self, rng: Generator, count: int, spectrum: Array, floor: float | None) -> tuple[Array, Array]:
+        """Inputs (count, inputs) of about unit scale, above `floor` and from there if it is given; labels (count,)."""
         raise TypeError("a task on generated inputs says how they are drawn")
 
 
@@ -191,8 +193,8 @@ class TeacherStudent(_Generated):
         _check_counts(self, "teacher_width")
         _check_ranges(self, "teacher_gain")
 
-    def _draw(self, rng: Generator, count: int, spectrum: Array) -> tuple[Array, Array]:
-        inputs = spectrum * rng.standard_normal((count, self.inputs), dtype=np.float32)
+    def _draw(self, rng: Generator, count: int, spectrum: Array, floor: float | None) -> tuple[Array, Array]:
+        inputs = _above(floor, spectrum * rng.standard_normal((count, self.inputs), dtype=np.float32))
         gain = np.float32(log_uniform(rng, *self.teacher_gain))
         first = gain * rng.standard_normal((self.inputs, self.teacher_width), dtype=np.float32) / np.sqrt(self.inputs)
         second = rng.standard_normal((self.teacher_width, self.classes), dtype=np.float32)
@@ -210,14 +212,18 @@ class Prototypes(_Generated):
         super().__post_init__()
         _check_ranges(self, "prototypes", "separation")
 
-    def _draw(self, rng: Generator, count: int, spectrum: Array) -> tuple[Array, Array]:
+    def _draw(self, rng: Generator, count: int, spectrum: Array, floor: float | None) -> tuple[Array, Array]:
         prototypes = int(rng.integers(self.prototypes[0], self.prototypes[1] + 1))
         # Two normal points in d dimensions are √(2d) apart.
         noise = np.float32(np.sqrt(self.inputs / 2) / log_uniform(rng, *self.separation))
         centres = rng.standard_normal((self.classes * prototypes, self.inputs), dtype=np.float32)
         which = rng.integers(len(centres), size=count)
         inputs = centres[which] + noise * rng.standard_normal((count, self.inputs), dtype=np.float32)
-        return spectrum * inputs / np.sqrt(1 + noise**2), which % self.classes
+        return _above(floor, spectrum * inputs / np.sqrt(1 + noise**2)), which % self.classes
+
+
+def _above(floor: float | None, inputs: Array) -> Array:
+    return inputs if floor is None else np.maximum(inputs, floor) - floor
 
 
 @dataclass(frozen=True)

@@ -59,13 +59,29 @@ def test_absurd_learning_rate_diverges(name, adaptive):
 
 def test_prototypes_are_as_far_apart_as_they_say():
     """Classes that overlap more than stated have no loss to reach, and teach a policy to stop early."""
-    flat = {"spectrum": (0.0, 0.0), "input_scale": (1.0, 1.0), "label_noise": 0.0, "points": (8000, 8000)}
+    flat = {
+        "spectrum": (0.0, 0.0),
+        "input_scale": (1.0, 1.0),
+        "positive": 0.0,
+        "label_noise": 0.0,
+        "points": (8000, 8000),
+    }
     task = Prototypes(inputs=200, classes=4, prototypes=(1, 1), separation=(3.0, 3.0), **flat)
     e = task.episode(np.random.default_rng(0))
     means = torch.stack([e.inputs[e.targets == c].mean(0) for c in range(4)])
     noise = (e.inputs - means[e.targets]).square().mean().sqrt()
     assert torch.pdist(means).mean() / 2 / noise == pytest.approx(3.0, rel=0.1)
     assert e.inputs.square().mean().sqrt() == pytest.approx(1.0, rel=0.1)
+
+
+@pytest.mark.parametrize("family", [TeacherStudent, Prototypes])
+def test_positive_inputs_are_sparse_and_not_centred(family):
+    """Without inputs like pixels the policy never meets the large leading curvature that their mean gives a network."""
+    inputs = family(positive=1.0).episode(np.random.default_rng(0)).inputs
+    assert inputs.min() == 0
+    assert 0.1 < (inputs == 0).float().mean() < 0.9
+    assert inputs.mean() > 0.2 * inputs.std()
+    assert family(positive=0.0).episode(np.random.default_rng(0)).inputs.min() < 0
 
 
 @pytest.mark.parametrize("task", [*MIXTURES["mlp"], *MIXTURES["small"], *MIXTURES["digits"]])
@@ -128,7 +144,8 @@ def test_label_noise_flips_no_more_labels_than_it_says():
 
 def test_input_spectrum_keeps_the_scale():
     """The exponent of the spectrum must not change the size of the inputs, which has its own range."""
-    task = TeacherStudent(inputs=32, spectrum=(1.5, 1.5), input_scale=(2.0, 2.0), points=(4000, 4000))
+    fixed = {"spectrum": (1.5, 1.5), "input_scale": (2.0, 2.0), "points": (4000, 4000), "positive": 0.0}
+    task = TeacherStudent(inputs=32, **fixed)
     inputs = task.episode(np.random.default_rng(0)).inputs
     assert inputs.square().mean().sqrt() == pytest.approx(2.0, rel=0.05)
     deviations = inputs.std(0).sort(descending=True).values
