@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from rlsched.control import CONTROL_NAMES, CONTROLS
@@ -126,7 +126,7 @@ class SchedulePolicy:
         metadata[DIGEST] = _digest(tensors, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata)
+        partial.write_bytes(save(tensors, metadata))  # save_file would make it unreadable for others
         partial.replace(path)
         return path
 

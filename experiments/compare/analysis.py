@@ -96,7 +96,7 @@ def plot(results: Results) -> Figure:
             shown = factors if schedule == POLICY else [best]
             for factor, style in zip(shown, ("--", "-", ":") if len(shown) == 3 else ["-"] * len(shown), strict=True):
                 curves = np.array([row["curve"] for row in by_lr[factor]])
-                name = "learned" if schedule == POLICY else f"{schedule}, best of {len(factors)}:"
+                name = "learned," if schedule == POLICY else f"{schedule}, best of {len(factors)}:"
                 label = f"{name} lr × {factor:.3g}"
                 loss_axis.plot(curves[0, :, 0], _geometric_mean(curves[:, :, 1]), style, color=color, label=label)
                 lr_axis.plot(curves[0, :, 0], curves[0, :, 3], style, color=color)
