@@ -21,7 +21,7 @@ class TrainConfig:
 
     run_dir: str = option("runs/policy", "checkpoint, TensorBoard log and policy file; a run found there is resumed")
     tasks: str = option("mlp", "mixture of inner tasks, a key of rlsched.envs.MIXTURES")
-    decisions: int = option(4_000_000, "decisions to train on, over all inner runs")
+    decisions: int = option(1_500_000, "decisions to train on, over all inner runs")
     num_envs: int = option(512, "inner training runs at once")
     processes: int = option(min(2, os.cpu_count() or 1), "worker processes that train them, one thread each")
     compile: bool = option(False, "torch.compile the inner steps: twice as fast, needs a C compiler")

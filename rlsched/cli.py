@@ -28,7 +28,7 @@ when the same command is given again.
 
 examples:
   rlsched train --preset demo                        # a small policy, in minutes on two cores
-  rlsched train --run-dir runs/mine                  # a policy like the shipped one, in about an hour
+  rlsched train --run-dir runs/mine --compile        # a policy like the shipped one, in a quarter of an hour
   rlsched train --run-dir runs/relu --activation relu --hidden 32 32 --decisions 1000000
   tensorboard --logdir runs                          # watch it
 """
