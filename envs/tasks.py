@@ -166,7 +166,7 @@ class _Generated(_Classification):
         spectrum = np.arange(1, self.inputs + 1, dtype=np.float32) ** np.float32(-rng.uniform(*self.spectrum))
         rng.shuffle(spectrum)
         spectrum /= np.sqrt(np.mean(spectrum**2))
-        floor = np.float32(rng.uniform(-0.5, 0.5)) if rng.random() < self.positive else None
+        floor = rng.uniform(-0.5, 0.5) if rng.random() < self.positive else None
         inputs, targets = self._draw(rng, points + self.validation_points, spectrum, floor)
         if rng.random() < 0.25:
             wrong = rng.random(len(targets)) < rng.uniform(0, self.label_noise)
