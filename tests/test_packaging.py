@@ -17,15 +17,10 @@ FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install in
 EXTRAS = ("gymnasium", "stable_baselines3", "tensorboard", "matplotlib", "sklearn")
 
 
+# A name that is None in sys.modules is one that cannot be imported.
 WITHOUT_EXTRAS = f"""
 import importlib, sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {EXTRAS!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
-
-sys.meta_path.insert(0, Absent())
+sys.modules.update(dict.fromkeys({EXTRAS!r}))
 """
 
 

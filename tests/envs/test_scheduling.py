@@ -156,7 +156,7 @@ def test_episode_terminates_at_its_horizon(make_task):
 
 def test_autoreset_gives_the_end_and_the_new_start(make_task, play):
     """PPO takes the value of the last observation from final_obs; mixing it up with the new one corrupts advantages."""
-    tasks, runs, steps = [make_task(decisions=(3, 9)), make_task(decisions=(3, 9), hidden=())], 6, 3
+    tasks, runs, steps = [make_task(decisions=(3, 3)), make_task(decisions=(9, 9), hidden=())], 6, 3
     env = SchedulingVectorEnv(runs, tasks)
     assert env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     plain = SchedulingVectorEnv(runs, tasks, autoreset=False)
