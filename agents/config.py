@@ -69,5 +69,5 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "demo": {"tasks": "small", "num_envs": 256, "n_steps": 64, "decisions": 700_000, "eval_every": 6},
+    "demo": {"tasks": "small", "num_envs": 256, "n_steps": 64, "decisions": 400_000, "eval_every": 8},
 }
