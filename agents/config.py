@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from rlsched.envs.mixtures import mixture
+from rlsched.envs.scheduling import REWARDS
 from rlsched.policy import ACTIVATIONS
 
 
@@ -20,11 +21,13 @@ class TrainConfig:
     """How a scheduling policy is trained. The defaults are those of the shipped policy."""
 
     run_dir: str = option("runs/policy", "checkpoint, TensorBoard log and policy file; a run found there is resumed")
-    tasks: str = option("mlp", "mixture of inner tasks, a key of rlsched.envs.MIXTURES")
+    tasks: str = option("mlp", "mixture of inner tasks: a key of rlsched.envs.MIXTURES, or your own as module:NAME")
+    reward: str = option("validation", f"loss whose drop is the reward: {', '.join(REWARDS)}")
     decisions: int = option(1_500_000, "decisions to train on, over all inner runs")
     num_envs: int = option(512, "inner training runs at once")
     processes: int = option(min(2, os.cpu_count() or 1), "worker processes that train them, one thread each")
     compile: bool = option(False, "torch.compile the inner steps: twice as fast, needs a C compiler")
+    device: str = option("cpu", "where the inner networks are trained: cpu, cuda, ...")
     seed: int = option(0, "of weights, episodes and actions")
 
     n_steps: int = option(32, "decisions of each inner run between two updates of PPO")
@@ -43,11 +46,14 @@ class TrainConfig:
     eval_seed: int = option(1_000_000, "of these episodes")
 
     def __post_init__(self) -> None:
-        anything = {"run_dir", "tasks", "activation", "hidden", "compile", "seed", "eval_seed", "log_std_init"}
+        anything = {"run_dir", "tasks", "reward", "activation", "hidden", "compile", "device", "seed", "eval_seed"}
+        anything |= {"log_std_init"}
         for name in {f.name for f in fields(self)} - anything:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         mixture(self.tasks)
+        if self.reward not in REWARDS:
+            raise ValueError(f"reward must be one of {REWARDS}, got {self.reward!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
         if not self.hidden or min(self.hidden) < 1:
@@ -63,7 +69,7 @@ class TrainConfig:
     def hyperparameters(self) -> dict[str, Any]:
         """The fields that decide what is learned, in types that JSON and TensorBoard can hold."""
         values = asdict(self)
-        del values["run_dir"], values["processes"], values["compile"]
+        del values["run_dir"], values["processes"], values["compile"], values["device"]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 

@@ -54,7 +54,8 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
             return policy
 
     with ExitStack() as stack:
-        env = VectorEnvAdapter(_vector_env(config, config.num_envs, compile=config.compile))
+        options = {"reward": config.reward, "compile": config.compile}
+        env = VectorEnvAdapter(_vector_env(config, config.num_envs, **options))
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
@@ -100,6 +101,7 @@ def _claim(run_dir: Path, config: TrainConfig) -> None:
 
 
 def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> SchedulingVectorEnv | ShardedVectorEnv:
+    options["device"] = config.device
     if config.processes == 1:
         return SchedulingVectorEnv(num_envs, config.tasks, **options)
     return ShardedVectorEnv(num_envs, config.tasks, processes=min(config.processes, num_envs), **options)

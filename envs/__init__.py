@@ -2,23 +2,23 @@
 
 import gymnasium
 
-from rlsched.envs.mixtures import MIXTURES
+from rlsched.envs.mixtures import FAMILIES, MIXTURES
 from rlsched.envs.scheduling import SchedulingEnv, SchedulingVectorEnv
-from rlsched.envs.tasks import Digits, Episode, InnerTask, Prototypes, SetupDistribution, TeacherStudent
+from rlsched.envs.sources import Stored, bundled
+from rlsched.envs.tasks import InnerTask, SetupDistribution
 
 ID = "rlsched/Scheduling-v0"
 
 __all__ = [
+    "FAMILIES",
     "ID",
     "MIXTURES",
-    "Digits",
-    "Episode",
     "InnerTask",
-    "Prototypes",
     "SchedulingEnv",
     "SchedulingVectorEnv",
     "SetupDistribution",
-    "TeacherStudent",
+    "Stored",
+    "bundled",
 ]
 
 if ID not in gymnasium.registry:

@@ -3,33 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
+from typing import Any
 
-from rlsched.envs.tasks import Digits, InnerTask, Prototypes, TeacherStudent
+from torch.nn.functional import mse_loss
+
+from rlsched.envs.networks import MLP, ConvNet, NoisyQuadratic, Recurrent, Transformer, TwoHeads
+from rlsched.envs.sources import (
+    Copying,
+    Images,
+    Markov,
+    Noise,
+    Prototypes,
+    Reconstruction,
+    TeacherMultitask,
+    TeacherRegression,
+    TeacherStudent,
+    bundled,
+)
+from rlsched.envs.tasks import InnerTask, SetupDistribution, multitask_loss, next_token_loss, quadratic_loss
+
+
+def classifier(source: Prototypes | TeacherStudent, hidden: tuple[int, ...], **options: Any) -> InnerTask:
+    """A perceptron with `hidden` units on a source of labelled vectors. Options are those of `MLP` and `InnerTask`."""
+    shape = {key: options.pop(key) for key in ("activation", "layer_norm", "dropout") if key in options}
+    return InnerTask(partial(MLP, source.inputs, hidden, source.classes, **shape), source, **options)
+
+
+def digits(hidden: tuple[int, ...] = (32, 32), **options: Any) -> InnerTask:
+    """A perceptron on scikit-learn's 1,797 handwritten digits, a fifth of which, drawn anew, validates."""
+    return InnerTask(partial(MLP, 64, hidden, 10), bundled("digits"), **options)
+
+
+def language_model(network: type[Recurrent] | type[Transformer], source: Markov | Copying, **options: Any) -> InnerTask:
+    """A network of 16 units that predicts the next token of sequences from a source."""
+    shape: dict[str, Any] = {"length": source.length} if network is Transformer else {}
+    return InnerTask(partial(network, source.tokens, width=16, **shape), source, next_token_loss, **options)
+
+
+_every = SetupDistribution(optimizers={"SGD": 4, "Nesterov": 1, "Adam": 1, "AdamW": 3, "RMSprop": 1})
+
+FAMILIES: dict[str, InnerTask] = {
+    "quadratic": InnerTask(partial(NoisyQuadratic, 32), Noise(), quadratic_loss, (4, 32), setup=_every),
+    "mlp": classifier(TeacherStudent(inputs=24), (32, 32), batch_size=(8, 32), setup=_every),
+    "mlp-deep": classifier(TeacherStudent(inputs=16, classes=5), (24, 24, 24), activation="gelu", setup=_every),
+    "mlp-wide": classifier(Prototypes(inputs=64, classes=10), (48, 48), interval=4, setup=_every),
+    "mlp-tanh": classifier(Prototypes(inputs=24), (32, 32), activation="tanh", interval=5, setup=_every),
+    "mlp-layer-norm": classifier(
+        Prototypes(inputs=40, classes=10), (48, 24), layer_norm=True, batch_size=24, interval=16, setup=_every
+    ),
+    "mlp-dropout": classifier(Prototypes(inputs=32, classes=10), (48, 48), dropout=0.4, setup=_every),
+    "regression": InnerTask(
+        partial(MLP, 24, (32, 32), 1), TeacherRegression(), mse_loss, batch_size=(8, 32), setup=_every
+    ),
+    "regression-tanh": InnerTask(
+        partial(MLP, 12, (24, 24), 3, activation="tanh"),
+        TeacherRegression(inputs=12, outputs=3),
+        mse_loss,
+        interval=6,
+        setup=_every,
+    ),
+    "two-heads": InnerTask(
+        partial(TwoHeads, 24, (32, 32), 6), TeacherMultitask(classes=6), multitask_loss, interval=8, setup=_every
+    ),
+    "autoencoder": InnerTask(
+        partial(MLP, 32, (24, 8, 24), 32), Reconstruction(inputs=32), mse_loss, batch_size=16, setup=_every
+    ),
+    "conv": InnerTask(partial(ConvNet, 1, 8, (8, 16), 8), Images(), batch_size=16, interval=6, setup=_every),
+    "conv-batch-norm": InnerTask(
+        partial(ConvNet, 3, 8, (8, 16), 8, batch_norm=True), Images(channels=3), batch_size=16, interval=6, setup=_every
+    ),
+    "recurrent": language_model(Recurrent, Markov(tokens=8, length=10), batch_size=8, interval=6, setup=_every),
+    "attention": language_model(Transformer, Markov(length=12), batch_size=8, interval=8, setup=_every),
+    "attention-copying": language_model(Transformer, Copying(length=12), batch_size=8, interval=10, setup=_every),
+}
 
 MIXTURES: dict[str, tuple[InnerTask, ...]] = {
     "mlp": (
-        TeacherStudent(inputs=24, hidden=(32, 32), classes=8, batch_size=32, interval=10),
-        Prototypes(inputs=32, hidden=(32, 32), classes=10, batch_size=16, interval=10),
-        TeacherStudent(inputs=16, hidden=(24, 24, 24), classes=5, batch_size=32, interval=10, activation="gelu"),
-        Prototypes(inputs=64, hidden=(48, 48), classes=10, batch_size=32, interval=4),
-        Prototypes(inputs=24, hidden=(32, 32), classes=8, batch_size=32, interval=5, activation="tanh"),
-        Prototypes(inputs=40, hidden=(48, 24), classes=10, batch_size=24, interval=16),
+        classifier(TeacherStudent(inputs=24), (32, 32)),
+        classifier(Prototypes(inputs=32, classes=10), (32, 32), batch_size=16),
+        classifier(TeacherStudent(inputs=16, classes=5), (24, 24, 24), activation="gelu"),
+        classifier(Prototypes(inputs=64, classes=10), (48, 48), interval=4),
+        classifier(Prototypes(inputs=24), (32, 32), activation="tanh", interval=5),
+        classifier(Prototypes(inputs=40, classes=10), (48, 24), batch_size=24, interval=16),
     ),
-    "small": (Prototypes(inputs=16, hidden=(32,), classes=6, batch_size=32, interval=8),),
-    "digits": (Digits(),),
+    "small": (classifier(Prototypes(inputs=16, classes=6), (32,), interval=8),),
+    "digits": (digits(),),
+    "broad": tuple(FAMILIES.values()),
 }
 
 
 def mixture(tasks: str | Sequence[InnerTask]) -> tuple[InnerTask, ...]:
-    """The inner tasks of a mixture that is given by its name or as inner tasks.
+    """The inner tasks of a mixture that is given by its name, by "module:NAME", or as inner tasks.
 
     Raises:
         ValueError: there is no mixture of that name, or it has no task.
     """
     if isinstance(tasks, str):
+        if ":" in tasks:
+            return mixture(_imported(tasks))
         if tasks not in MIXTURES:
-            raise ValueError(f"tasks must be one of {sorted(MIXTURES)} or a sequence of inner tasks, got {tasks!r}")
+            raise ValueError(
+                f"tasks must be one of {sorted(MIXTURES)}, 'module:NAME' or a sequence of inner tasks, got {tasks!r}"
+            )
         return MIXTURES[tasks]
-    if not tasks:
-        raise ValueError("tasks must name at least one inner task, got none")
+    tasks = [tasks] if isinstance(tasks, InnerTask) else list(tasks)
+    wrong = [task for task in tasks if not isinstance(task, InnerTask)]
+    if wrong or not tasks:
+        raise ValueError(f"tasks must be at least one InnerTask, got {wrong or 'none'}")
     return tuple(tasks)
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"tasks={name!r} cannot be imported: {error}") from error

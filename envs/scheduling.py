@@ -21,10 +21,12 @@ from rlsched import control, signals
 from rlsched.control import CONTROLS
 from rlsched.envs.mixtures import mixture
 from rlsched.envs.tasks import InnerTask
-from rlsched.envs.training import InnerTraining, sum_to_average
+from rlsched.envs.training import InnerTraining, Settings, sum_to_average
+from rlsched.moments import Moments
 from rlsched.signals import OBSERVATIONS
 from rlsched.spec import control_table, observation_table
 
+REWARDS = ("validation", "best", "training")
 WORST_RISE = 2.0  # e-folds: the most that an episode's return can fall below zero
 
 OBSERVATION_SPACE = Box(
@@ -47,28 +49,34 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
     {controls}
 
     ## Reward
-    The drop in the logarithm of the validation loss over the window. The rewards of an episode sum to
-    log(first loss / last loss); the sum never falls below −2, however badly the run went.
+    The drop in the logarithm of the loss over the window. The rewards of an episode sum to log(first loss / last loss);
+    the sum never falls below −2, however badly the run went. The loss is the one that `reward` names: "validation",
+    measured every `validation_interval` windows of the task; "best", the lowest of these so far, which is what a user
+    has who keeps the best checkpoint; or "training", the mean of the window's mini-batches.
 
     ## Episode
     Starts with one inner step far below the base learning rate, whose measurements are the first observation (see
     `rlsched.control.safe_start`). Each step of the environment is a window of inner training. The episode ends:
     1. Termination: the run has had all its inner steps. (Not a truncation: nothing is to be gained after it.)
     2. Termination: the training or validation loss or a weight is not finite. The return is then −2.
+    3. Termination: the task's `patience` is at its end: so many validations have brought no new best loss.
 
     ## Info
     `lr`, `momentum` (of torch's optimizer), `clip` (multiple of the average gradient norm), `train_loss` (mean of the
-    window, without the loss scale), `validation_loss`, `inner_steps`, `total_steps`, `adaptive`: arrays of shape
-    (num_envs,). Where an episode ended, `final_obs` and `final_info` hold its last observation and info, and the
-    observation is already the first of the next episode (`AutoresetMode.SAME_STEP`).
+    window, without the loss scale), `validation_loss` (the last measured), `best_validation_loss` and
+    `best_inner_steps`, where it was measured, `since_best` (validations since then), `inner_steps`, `total_steps`,
+    `adaptive`: arrays of shape (num_envs,). Where an episode ended, `final_obs` and `final_info` hold its last
+    observation and info, and the observation is already the first of the next episode (`AutoresetMode.SAME_STEP`).
 
     Args:
         num_envs: number of inner training runs.
-        tasks: the name of a mixture (see `rlsched.envs.MIXTURES`) or the inner tasks of one; run i has the task
-            i modulo their number.
+        tasks: the inner tasks; or a mixture of them, by its name in `rlsched.envs.MIXTURES`, or by the module and name
+            of one's own, "module:NAME". Run i has the task i modulo their number.
+        reward: "validation", "best" or "training", see above.
         safe_start: whether the learning rate is checked by a first, small step. Without it, the zero policy
             is the fallback schedule exactly.
         compile: compile the inner steps with `torch.compile`, which needs a C compiler.
+        device: where the networks are trained; what comes and goes are NumPy arrays all the same.
         autoreset: whether an ended run is followed by a new episode in the same step. Without it, a run that ended
             means nothing until `reset`.
 
@@ -82,12 +90,16 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         num_envs: int = 1,
         tasks: str | Sequence[InnerTask] = "mlp",
         *,
+        reward: str = "validation",
         safe_start: bool = True,
         compile: bool = False,
+        device: str | torch.device = "cpu",
         autoreset: bool = True,
     ) -> None:
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        if reward not in REWARDS:
+            raise ValueError(f"reward must be one of {REWARDS}, got {reward!r}")
         self.num_envs = num_envs
         self.single_observation_space, self.single_action_space = OBSERVATION_SPACE, ACTION_SPACE
         self.observation_space = batch_space(OBSERVATION_SPACE, num_envs)
@@ -97,10 +109,10 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
             self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}
 
         family = mixture(tasks)
-        self._groups = [
-            _Group(InnerTraining(task, len(range(i, num_envs, len(family))), compile=compile), i, len(family))
-            for i, task in enumerate(family[:num_envs])
-        ]
+        self._groups = []
+        for i, task in enumerate(family[:num_envs]):
+            training = InnerTraining(task, len(range(i, num_envs, len(family))), compile=compile, device=device)
+            self._groups.append(_Group(training, i, len(family), reward))
         self._rngs: list[Generator] = [np.random.default_rng() for _ in range(num_envs)]
 
     def reset(
@@ -118,7 +130,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         if all(bool(group.done.all()) for group in self._groups):
             raise ResetNeeded("step() was called without a running episode: call reset() first")
         for group in self._groups:
-            group.step(torch.from_numpy(actions[group.index]), self._rngs)
+            group.step(torch.from_numpy(actions[group.index]))
         rewards, done = self._gather("reward"), self._gather("done")
         infos = self._infos()
         if self._autoreset and done.any():
@@ -139,16 +151,16 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
     def _gather(self, what: str) -> Array:
         """One of the groups' tensors, in the order of the environments."""
         parts = [getattr(group, what) for group in self._groups]
-        result = np.empty((self.num_envs, *parts[0].shape[1:]), dtype=parts[0].numpy().dtype)
+        result = np.empty((self.num_envs, *parts[0].shape[1:]), dtype=parts[0].cpu().numpy().dtype)
         for group, part in zip(self._groups, parts, strict=True):
-            result[group.index] = part.numpy()
+            result[group.index] = part.cpu().numpy()
         return result
 
     def _infos(self) -> dict[str, Any]:
         infos: dict[str, Any] = {}
         for group in self._groups:
             for key, values in group.info().items():
-                infos.setdefault(key, np.empty(self.num_envs, np.float32))[group.index] = values.numpy()
+                infos.setdefault(key, np.empty(self.num_envs, np.float32))[group.index] = values.cpu().numpy()
         return infos
 
 
@@ -167,10 +179,8 @@ class SchedulingEnv(gymnasium.Env[Array, Array]):
 
     metadata: dict[str, Any] = {"render_modes": []}
 
-    def __init__(
-        self, tasks: str | Sequence[InnerTask] = "mlp", *, safe_start: bool = True, compile: bool = False
-    ) -> None:
-        self._batch = SchedulingVectorEnv(1, tasks, safe_start=safe_start, compile=compile, autoreset=False)
+    def __init__(self, tasks: str | Sequence[InnerTask] = "mlp", **options: Any) -> None:
+        self._batch = SchedulingVectorEnv(1, tasks, **options, autoreset=False)
         self.observation_space, self.action_space = OBSERVATION_SPACE, ACTION_SPACE
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
@@ -186,83 +196,128 @@ class SchedulingEnv(gymnasium.Env[Array, Array]):
 class _Group:
     """The runs that share an inner task: environments `first`, `first + stride`, and so on."""
 
-    def __init__(self, training: InnerTraining, first: int, stride: int) -> None:
+    def __init__(self, training: InnerTraining, first: int, stride: int, reward: str) -> None:
         self.training = training
         self.index = slice(first, None, stride)
-        n = training.size
-        self.observation = torch.zeros(n, len(OBSERVATIONS))
-        self.reward = torch.zeros(n)
-        self.done = torch.ones(n, dtype=torch.bool)
-        self.base = control.initial_state(torch.zeros(n))  # control state that means the fallback schedule
+        self._rewarded = reward
+        n, device = training.size, training.device
+
+        def zeros() -> Tensor:
+            return torch.zeros(n, device=device)
+
+        self.observation = torch.zeros(n, len(OBSERVATIONS), device=device)
+        self.reward = zeros()
+        self.done = torch.ones(n, dtype=torch.bool, device=device)
+        self.base = control.initial_state(zeros())  # control state that means the fallback schedule
         self.state = self.base.clone()
-        self.history = signals.start((n,))
-        self.first_loss = torch.ones(n)  # validation loss when the episode began
-        self.validation_loss = torch.ones(n)
-        self.train_loss = torch.ones(n)
-        self.drop = torch.zeros(n)  # sum of the episode's rewards
-        self.lr_factor = torch.ones(n)  # of the fallback schedule, when the last window began
+        self.history = signals.start((n,), device)
+        self.first_loss = zeros()  # of the kind that is rewarded
+        self.validation_loss = zeros()
+        self.train_loss = zeros()
+        self.best_loss, self.best_steps, self.since_best = zeros(), zeros(), zeros()
+        self.windows = zeros()  # done in the episode
+        self.drop = zeros()  # sum of the episode's rewards
+        self.lr_factor = zeros()  # of the fallback schedule, when the last window began
 
     def begin(self, slots: list[int], rngs: list[Generator], safe_start: bool) -> None:
         """Start new episodes: draw them, take the first inner step, observe it."""
         training = self.training
         own = rngs[self.index]
-        chosen = [own[slot] for slot in slots]
-        training.begin(slots, chosen)
-        base = control.initial_state(training.settings.momentum[slots])
-        self.first_loss[slots] = training.validation_loss(slots)
-        moments = training.first_step(slots, chosen, base, control.PROBE if safe_start else 1.0)
+        training.begin(slots, [own[slot] for slot in slots])
+        settings = training.settings.rows(slots)
+        base = control.initial_state(settings.momentum)
+        validation_loss = training.validation_loss(slots)
+        moments = training.first_step(slots, base, control.PROBE if safe_start else 1.0)
+        train_loss = moments.loss[:, -1] / settings.loss_scale
+        seen = _as_reported(moments, settings)
         state = base
         if safe_start:
-            growth = sum_to_average(training.settings)[slots]
-            state = control.safe_start(base, moments.predicted_decrease[:, -1], moments.update_ratio[:, -1], growth)
+            growth = sum_to_average(settings)
+            state = control.safe_start(base, seen.predicted_decrease[:, -1], seen.update_ratio[:, -1], growth)
         run, steps = training.run(slots), training.networks.steps[slots]
-        fresh = signals.start((len(slots),))
-        observation, history = signals.observe(moments, run, fresh, steps, state)
+        fresh = signals.start((len(slots),), training.device)
+        observation, history = signals.observe(seen, run, fresh, steps, state)
 
         self.observation[slots], self.base[slots], self.state[slots] = observation, base, state
         for tensor, value in zip(self.history, history, strict=True):
             tensor[slots] = value
-        self.validation_loss[slots] = self.train_loss[slots] = self.first_loss[slots]
-        self.drop[slots], self.reward[slots], self.done[slots] = 0.0, 0.0, False
-        self.lr_factor[slots] = 1.0
+        self.validation_loss[slots] = self.best_loss[slots] = validation_loss
+        self.train_loss[slots] = train_loss
+        self.first_loss[slots] = train_loss if self._rewarded == "training" else validation_loss
+        for counted in (self.best_steps, self.since_best, self.windows, self.drop, self.reward):
+            counted[slots] = 0.0
+        self.done[slots], self.lr_factor[slots] = False, 1.0
 
-    def step(self, actions: Tensor, rngs: list[Generator]) -> None:
+    def step(self, actions: Tensor) -> None:
         """One decision and the window of inner training that follows it."""
         training = self.training
-        run = training.run(slice(None))
+        settings, run = training.settings, training.run(slice(None))
         # A network without momentum has none to control.
-        actions[:, control.MOMENTUM] *= training.settings.momentum > 0
-        steps = training.networks.steps
+        actions = actions.to(training.device)
+        actions[:, control.MOMENTUM] *= settings.momentum > 0
+        steps = training.networks.steps.clone()
         self.lr_factor = control.fallback_schedule(steps, run.total_steps)
         self.state = control.move(self.state, actions, steps / run.total_steps, self.base)
-        moments = training.window(rngs[self.index], self.state)
+        moments = training.window(self.state)
         steps = training.networks.steps
-        self.observation, self.history = signals.observe(moments, run, self.history, steps, self.state)
-        self.train_loss = moments.loss.mean(-1) / training.settings.loss_scale
-        self.validation_loss = training.validation_loss(slice(None))
+        seen = _as_reported(moments, settings)
+        self.observation, self.history = signals.observe(seen, run, self.history, steps, self.state)
+        self.train_loss = moments.loss.mean(-1) / settings.loss_scale
+        self.windows += 1
+        ended = steps >= run.total_steps
+        self._validate(ended)
 
         finite = self.validation_loss.isfinite() & moments.grad_norm.isfinite().all(-1)
         finite &= training.networks.params.isfinite().all(-1)
-        drop = (self.first_loss / self.validation_loss.clamp(min=1e-12)).log().clamp(min=-WORST_RISE)
-        drop = torch.where(finite, drop, -WORST_RISE)
+        losses = {"validation": self.validation_loss, "best": self.best_loss, "training": self.train_loss}
+        drop = (self.first_loss / losses[self._rewarded].clamp(min=1e-12)).log().clamp(min=-WORST_RISE)
+        drop = torch.where(finite & drop.isfinite(), drop, -WORST_RISE)
         self.reward = drop - self.drop
         self.drop = drop
-        self.done = ~finite | (steps >= run.total_steps)
+        self.done = ~finite | ended
+        if training.task.patience is not None:
+            self.done |= self.since_best >= training.task.patience
+
+    def _validate(self, ended: Tensor) -> None:
+        """Measure the validation loss of the networks whose turn it is."""
+        training = self.training
+        due = ended | (self.windows % training.task.validation_interval == 0)
+        if due.all():
+            self.validation_loss = training.validation_loss()
+        elif due.any():
+            self.validation_loss = self.validation_loss.clone()
+            self.validation_loss[due] = training.validation_loss(due.nonzero()[:, 0].tolist())
+        better = due & (self.validation_loss < self.best_loss)
+        self.since_best = torch.where(better, 0.0, self.since_best + due)
+        self.best_loss = torch.where(better, self.validation_loss, self.best_loss)
+        self.best_steps = torch.where(better, training.networks.steps, self.best_steps)
 
     def info(self) -> dict[str, Tensor]:
         settings = self.training.settings
         lr = settings.lr * self.lr_factor * self.state[:, control.LR].exp()
         momentum = control.momentum_of(self.state[:, control.MOMENTUM])
         return {
-            "lr": torch.where(settings.adaptive > 0, lr, lr * (1 - momentum) / (1 - settings.momentum)),
+            "lr": torch.where(settings.sums > 0, lr * (1 - momentum) / (1 - settings.momentum), lr),
             "momentum": momentum,
             "clip": control.clip_multiple(self.state[:, control.CLIP]),
             "train_loss": self.train_loss,
             "validation_loss": self.validation_loss,
+            "best_validation_loss": self.best_loss,
+            "best_inner_steps": self.best_steps,
+            "since_best": self.since_best,
             "inner_steps": self.training.networks.steps,
             "total_steps": settings.total_steps,
             "adaptive": settings.adaptive,
         }
+
+
+def _as_reported(moments: Moments, settings: Settings) -> Moments:
+    """What the policy gets to see, where it is not told the loss."""
+    hidden = settings.loss_reported[:, None] == 0
+    return moments._replace(
+        loss=torch.where(hidden, torch.nan, moments.loss),
+        predicted_decrease=torch.where(hidden, torch.nan, moments.predicted_decrease),
+    )
 
 
 def checked_actions(actions: Array, num_envs: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -62,7 +63,14 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
             worker = context.Process(
                 target=_work, args=(far, shard.stop - shard.start, rotated, options), daemon=True, name="rlsched-shard"
             )
-            worker.start()
+            try:
+                worker.start()
+            except (AttributeError, TypeError, pickle.PicklingError) as error:
+                self.close()
+                raise ValueError(
+                    "tasks: an inner task cannot be sent to a worker process, for which its network and loss must be "
+                    f"importable, not lambdas; or use one process. The reason: {error}"
+                ) from error
             far.close()
             self._pipes.append(pipe)
             self._workers.append(worker)

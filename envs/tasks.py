@@ -1,44 +1,51 @@
-"""Inner tasks: a network, its data and its loss, drawn anew for every episode."""
+"""Inner tasks: a network, its data and its loss, and how it is trained; drawn anew for every episode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from numpy.random import Generator
-from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
 
-Array = NDArray[Any]
+from rlsched.envs.draws import check_at_least, check_probabilities, check_ranges, log_uniform, seeded
+from rlsched.envs.sources import Source, Stored
 
-ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
-
-
-class Episode(NamedTuple):
-    """What one episode trains: initial weights, data and a factor on the loss."""
-
-    params: Tensor  # (parameters,), in the order of the network's `parameters()`
-    inputs: Tensor  # (points, *input shape)
-    targets: Tensor  # (points,)
-    validation_inputs: Tensor  # (validation points, *input shape)
-    validation_targets: Tensor  # (validation points,)
-    loss_scale: float
+Loss = Callable[[Any, Tensor], Tensor]
 
 
 class TrainingSetup(NamedTuple):
     """How one episode trains, in the terms of torch.optim."""
 
     decisions: int
-    adaptive: bool  # AdamW, else SGD
+    optimizer: str  # a key of OPTIMIZERS
     lr: float
-    momentum: float  # `momentum` of SGD, the first beta of AdamW
+    momentum: float  # `momentum` of SGD and RMSprop, the first beta of Adam and AdamW
     weight_decay: float
+    batch_size: int
+    loss_scale: float  # factor on the loss
+    gain: float  # factor on the initial weights
     loss_reported: bool  # whether the policy sees the loss
+
+
+class Kind(NamedTuple):
+    """What sets one optimizer apart from another."""
+
+    adaptive: bool  # divides by a second moment
+    sums: bool  # its momentum sums gradients, where others average them
+    nesterov: bool = False
+
+
+OPTIMIZERS: Mapping[str, Kind] = {
+    "SGD": Kind(adaptive=False, sums=True),
+    "Nesterov": Kind(adaptive=False, sums=True, nesterov=True),
+    "Adam": Kind(adaptive=True, sums=False),
+    "AdamW": Kind(adaptive=True, sums=False),
+    "RMSprop": Kind(adaptive=True, sums=True),
+}
 
 
 @dataclass(frozen=True)
@@ -46,253 +53,135 @@ class SetupDistribution:
     """Distribution of training set-ups. Ranges are log-uniform."""
 
     decisions: tuple[int, int] = (30, 140)
-    adaptive: float = 0.5  # probability of AdamW
+    optimizers: Mapping[str, float] = field(default_factory=lambda: {"SGD": 0.5, "AdamW": 0.5})  # weights
     sgd_lr: tuple[float, float] = (1e-5, 2.0)  # over the loss scale, at a momentum of 0.9
-    adaptive_lr: tuple[float, float] = (3e-5, 0.3)
+    adaptive_lr: tuple[float, float] = (3e-5, 0.3)  # of RMSprop, without momentum
     weight_decay: tuple[float, float] = (1e-5, 1e-2)  # in half of the episodes, else 0
-    no_momentum: float = 0.05  # probability that SGD runs without momentum
+    no_momentum: float = 0.05  # probability that SGD runs without momentum; RMSprop does in half of the episodes
     other_momentum: float = 0.3  # probability of a momentum between 0.5 and 0.98 in place of 0.9
+    loss_scale: tuple[float, float] = (0.1, 10.0)
+    gain: tuple[float, float] = (0.3, 2.0)  # factor on the weight matrices that the network begins with
     no_loss: float = 0.05  # probability that the policy is not told the loss
 
     def __post_init__(self) -> None:
-        _check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay")
-        _check_probabilities(self, "adaptive", "no_momentum", "other_momentum", "no_loss")
+        check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay", "loss_scale", "gain")
+        check_probabilities(self, "no_momentum", "other_momentum", "no_loss")
+        weights = self.optimizers.values()
+        if not set(self.optimizers) <= set(OPTIMIZERS) or not weights or min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"optimizers must give some of {list(OPTIMIZERS)} a weight, got {dict(self.optimizers)}")
 
-    def draw(self, rng: Generator, loss_scale: float) -> TrainingSetup:
+    def draw(self, rng: Generator, batch_sizes: tuple[int, ...]) -> TrainingSetup:
         decisions = round(log_uniform(rng, *self.decisions))
-        adaptive = bool(rng.random() < self.adaptive)
+        names, weights = zip(*self.optimizers.items(), strict=True)
+        optimizer = names[rng.choice(len(names), p=[w / sum(weights) for w in weights])]
+        kind = OPTIMIZERS[optimizer]
+        loss_scale = log_uniform(rng, *self.loss_scale)
         momentum = 0.9
         if rng.random() < self.other_momentum:
             momentum = 1 - log_uniform(rng, 0.02, 0.5)
-        if adaptive:
-            lr = log_uniform(rng, *self.adaptive_lr)
-        else:
-            if rng.random() < self.no_momentum:
-                momentum = 0.0
-            # Momentum multiplies the step of torch's SGD by 1 / (1 - momentum).
-            lr = log_uniform(rng, *self.sgd_lr) / loss_scale * (1 - momentum) / 0.1
-        decay = log_uniform(rng, *self.weight_decay) if rng.random() < 0.5 else 0.0
-        loss_reported = bool(rng.random() >= self.no_loss)
-        return TrainingSetup(decisions, adaptive, lr, momentum, decay, loss_reported)
-
-
-class InnerTask(Protocol):
-    """A family of inner tasks that share one architecture, and so can be trained as one stack."""
-
-    @property
-    def batch_size(self) -> int:
-        """Points in a mini-batch."""
-
-    @property
-    def interval(self) -> int:
-        """Inner steps in a window."""
-
-    @property
-    def setup(self) -> SetupDistribution:
-        """How the episodes train."""
-
-    @property
-    def max_points(self) -> int:
-        """The most training points that an episode may have."""
-
-    def network(self) -> nn.Module:
-        """The architecture. Its weights are ignored: those of an episode come from `episode`."""
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of one network's outputs on a batch, 0-d."""
-
-    def episode(self, rng: Generator) -> Episode:
-        """Draw weights and data; the same `rng` state gives the same episode."""
+        if kind.sums and not kind.nesterov and rng.random() < (0.5 if kind.adaptive else self.no_momentum):
+            momentum = 0.0
+        lr = log_uniform(rng, *(self.adaptive_lr if kind.adaptive else self.sgd_lr))
+        if kind.sums:  # momentum multiplies the step by 1 / (1 - momentum)
+            lr *= 1 - momentum
+        if not kind.adaptive:
+            lr /= 0.1 * loss_scale
+        return TrainingSetup(
+            decisions=decisions,
+            optimizer=optimizer,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=log_uniform(rng, *self.weight_decay) if rng.random() < 0.5 else 0.0,
+            batch_size=int(rng.choice(batch_sizes)),
+            loss_scale=loss_scale,
+            gain=log_uniform(rng, *self.gain),
+            loss_reported=bool(rng.random() >= self.no_loss),
+        )
 
 
 @dataclass(frozen=True)
-class _Classification:
-    """What the classification tasks with a multi-layer perceptron share."""
+class InnerTask:
+    """A family of inner tasks that share one architecture, and so can be trained as one stack.
 
-    hidden: tuple[int, ...] = (32, 32)
-    activation: str = "relu"
-    batch_size: int = 32
+    A user's own network, data and loss become one like this:
+
+        InnerTask(lambda: nn.Linear(784, 10), (images, labels), nn.functional.cross_entropy, batch_size=64)
+
+    Args:
+        network: makes a module with new initial weights, from torch's global random numbers. (For worker processes, it
+            has to be importable: a class, a function or a `functools.partial`, and no lambda.)
+        data: a pair of tensors (inputs, targets), a map-style `Dataset` of such pairs, or a `Source`.
+        loss: (outputs, targets) -> mean loss of one network on one batch, 0-d, and better positive: the reward is its
+            logarithm's drop.
+        batch_size: points in a mini-batch; or (smallest, largest), of which each episode has the largest, halved any
+            number of times.
+        interval: inner steps in a window.
+        setup: how the episodes train.
+        validation_interval: windows between two validations. There is one at the start and one at the end of a run.
+        patience: the run ends after so many validations in a row without a new best loss; never by default.
+        name: for messages and tables.
+
+    Raises:
+        ValueError: a value is out of its range, or inputs and targets differ in length.
+        TypeError: `data` is none of the above.
+    """
+
+    network: Callable[[], nn.Module]
+    data: Source | Dataset[Any] | tuple[Any, Any]
+    loss: Loss = functional.cross_entropy
+    batch_size: int | tuple[int, int] = 32
     interval: int = 10
-    gain: tuple[float, float] = (0.3, 2.0)  # factor on the He initialisation, log-uniform
-    loss_scale: tuple[float, float] = (0.1, 10.0)  # factor on the loss, log-uniform
     setup: SetupDistribution = field(default_factory=SetupDistribution)
+    validation_interval: int = 1
+    patience: int | None = None
+    name: str = ""
+    source: Source = field(init=False, repr=False)  # what `data` came to
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
-        _check_counts(self, "batch_size", "interval")
-        _check_ranges(self, "gain", "loss_scale")
-        if any(width < 1 for width in self.hidden):
-            raise ValueError(f"hidden must hold widths of at least 1, got {self.hidden}")
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs, targets)
-
-    def _initial_weights(self, rng: Generator, network: nn.Module) -> Tensor:
-        gain = log_uniform(rng, *self.gain)
-        return torch.cat([he_normal(rng, p.shape, gain).flatten() for p in network.parameters()])
-
-
-@dataclass(frozen=True)
-class _Generated(_Classification):
-    """What the tasks on generated inputs share."""
-
-    inputs: int = 24
-    classes: int = 8
-    # Training points, log-uniform. Enough that a small network does not learn them by heart in one run: tasks that
-    # overfit teach a policy to stop early, and then it stops early everywhere.
-    points: tuple[int, int] = (1024, 8192)
-    validation_points: int = 128
-    spectrum: tuple[float, float] = (0.0, 1.5)  # exponent of the inputs' standard deviations, uniform
-    input_scale: tuple[float, float] = (0.3, 3.0)  # log-uniform
-    positive: float = 0.4  # probability that inputs are cut at zero: sparse and of a mean that is not, like pixels
-    label_noise: float = 0.1  # the most, uniform from 0, in a quarter of the episodes; else none
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_counts(self, "inputs", "classes", "validation_points")
-        _check_ranges(self, "points", "input_scale")
-        _check_probabilities(self, "positive", "label_noise")
+        source = self.data if hasattr(self.data, "draw") else Stored.of(self.data)
+        object.__setattr__(self, "source", source)
+        check_at_least(1, self, "interval", "validation_interval")
+        smallest, largest = (self.batch_size,) * 2 if isinstance(self.batch_size, int) else self.batch_size
+        if not 1 <= smallest <= largest:
+            raise ValueError(f"batch_size must be at least 1, or (smallest, largest), got {self.batch_size}")
+        if self.patience is not None:
+            check_at_least(1, self, "patience")
 
     @property
-    def max_points(self) -> int:
-        return self.points[1]
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The batch sizes that an episode may have, the largest first."""
+        if isinstance(self.batch_size, int):
+            return (self.batch_size,)
+        smallest, size = self.batch_size
+        sizes = [size]
+        while size % 2 == 0 and size // 2 >= smallest:
+            size //= 2
+            sizes.append(size)
+        return tuple(sizes)
 
-    def network(self) -> nn.Module:
-        return _mlp(self.inputs, self.hidden, self.classes, self.activation)
-
-    def episode(self, rng: Generator) -> Episode:
-        points = round(log_uniform(rng, *self.points))
-        spectrum = np.arange(1, self.inputs + 1, dtype=np.float32) ** np.float32(-rng.uniform(*self.spectrum))
-        rng.shuffle(spectrum)
-        spectrum /= np.sqrt(np.mean(spectrum**2))
-        floor = rng.uniform(-0.5, 0.5) if rng.random() < self.positive else None
-        inputs, targets = self._draw(rng, points + self.validation_points, spectrum, floor)
-        if rng.random() < 0.25:
-            wrong = rng.random(len(targets)) < rng.uniform(0, self.label_noise)
-            targets = np.where(wrong, rng.integers(self.classes, size=len(targets)), targets)
-        x = torch.from_numpy(inputs) * log_uniform(rng, *self.input_scale)
-        y = torch.from_numpy(targets)
-        weights = self._initial_weights(rng, self.network())
-        return Episode(weights, x[:points], y[:points], x[points:], y[points:], log_uniform(rng, *self.loss_scale))
-
-    def _draw(self, rng: Generator, count: int, spectrum: Array, floor: float | None) -> tuple[Array, Array]:
-        """Inputs (count, inputs) of about unit scale, above `floor` and from there if it is given; labels (count,)."""
-        raise TypeError("a task on generated inputs says how they are drawn")
+    def initial_network(self, seed: int) -> nn.Module:
+        """A new network, with the weights that belong to `seed`; global random numbers stay as they are."""
+        with seeded(seed):
+            network = self.network()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must make an nn.Module, it made a {type(network).__name__}")
+        return network
 
 
-@dataclass(frozen=True)
-class TeacherStudent(_Generated):
-    """Labels from a random one-hidden-layer teacher on normal inputs with a power-law spectrum: hard to learn."""
-
-    teacher_gain: tuple[float, float] = (1.0, 4.0)  # log-uniform
-    teacher_width: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_counts(self, "teacher_width")
-        _check_ranges(self, "teacher_gain")
-
-    def _draw(self, rng: Generator, count: int, spectrum: Array, floor: float | None) -> tuple[Array, Array]:
-        inputs = _above(floor, spectrum * rng.standard_normal((count, self.inputs), dtype=np.float32))
-        gain = np.float32(log_uniform(rng, *self.teacher_gain))
-        first = gain * rng.standard_normal((self.inputs, self.teacher_width), dtype=np.float32) / np.sqrt(self.inputs)
-        second = rng.standard_normal((self.teacher_width, self.classes), dtype=np.float32)
-        return inputs, (np.tanh(inputs @ first.astype(np.float32)) @ second).argmax(-1)
+# --- Losses of the generated tasks ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Prototypes(_Generated):
-    """Each class is a few random points, and inputs are noisy copies of them: images of digits are like that."""
-
-    prototypes: tuple[int, int] = (1, 6)  # of a class, uniform
-    separation: tuple[float, float] = (2.0, 7.0)  # half the distance of two prototypes over the noise; log-uniform
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_ranges(self, "prototypes", "separation")
-
-    def _draw(self, rng: Generator, count: int, spectrum: Array, floor: float | None) -> tuple[Array, Array]:
-        prototypes = int(rng.integers(self.prototypes[0], self.prototypes[1] + 1))
-        # Two normal points in d dimensions are √(2d) apart.
-        noise = np.float32(np.sqrt(self.inputs / 2) / log_uniform(rng, *self.separation))
-        centres = rng.standard_normal((self.classes * prototypes, self.inputs), dtype=np.float32)
-        which = rng.integers(len(centres), size=count)
-        inputs = centres[which] + noise * rng.standard_normal((count, self.inputs), dtype=np.float32)
-        return _above(floor, spectrum * inputs / np.sqrt(1 + noise**2)), which % self.classes
+def next_token_loss(outputs: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of the logits (points, length, vocabulary) for each token's successor in (points, length)."""
+    return functional.cross_entropy(outputs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def _above(floor: float | None, inputs: Array) -> Array:
-    return inputs if floor is None else np.maximum(inputs, floor) - floor
+def multitask_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Of `networks.TwoHeads` on `sources.TeacherMultitask`: cross-entropy plus mean squared error."""
+    labels, numbers = targets[:, 0].long(), targets[:, 1]
+    return functional.cross_entropy(outputs[:, :-1], labels) + functional.mse_loss(outputs[:, -1], numbers)
 
 
-@dataclass(frozen=True)
-class Digits(_Classification):
-    """scikit-learn's 1,797 handwritten digits, 8 × 8, in [0, 1]; a fifth of them, drawn anew, validates."""
-
-    @property
-    def max_points(self) -> int:
-        return len(_digits()[1]) - self._validation_points
-
-    @property
-    def _validation_points(self) -> int:
-        return len(_digits()[1]) // 5
-
-    def network(self) -> nn.Module:
-        return _mlp(64, self.hidden, 10, self.activation)
-
-    def episode(self, rng: Generator) -> Episode:
-        x, y = _digits()
-        order = torch.from_numpy(rng.permutation(len(y)))
-        train, validation = order[self._validation_points :], order[: self._validation_points]
-        weights = self._initial_weights(rng, self.network())
-        return Episode(weights, x[train], y[train], x[validation], y[validation], log_uniform(rng, *self.loss_scale))
-
-
-@lru_cache(maxsize=64)
-def _mlp(inputs: int, hidden: tuple[int, ...], classes: int, activation: str) -> nn.Module:
-    """A perceptron; its weights are never used, so one serves all."""
-    widths = [inputs, *hidden]
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
-
-
-@lru_cache(maxsize=1)
-def _digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return torch.from_numpy(data.data / 16).float(), torch.from_numpy(data.target).long()
-
-
-def _check_counts(config: object, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
-def _check_ranges(config: object, *names: str) -> None:
-    for name in names:
-        low, high = getattr(config, name)
-        if not 0 < low <= high:
-            raise ValueError(f"{name} must be a range (low, high) with 0 < low <= high, got {(low, high)}")
-
-
-def _check_probabilities(config: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is a probability in [0, 1], got {getattr(config, name)}")
-
-
-def log_uniform(rng: Generator, low: float, high: float) -> float:
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
-
-
-def he_normal(rng: Generator, shape: torch.Size, gain: float) -> Tensor:
-    """Normal weights of variance 2 · gain² / fan-in for a weight; zeros for a bias."""
-    if len(shape) < 2:
-        return torch.zeros(shape)
-    scale = np.float32(gain * np.sqrt(2 / np.prod(shape[1:])))
-    return torch.from_numpy(scale * rng.standard_normal(tuple(shape), dtype=np.float32))
+def quadratic_loss(terms: Tensor, _: Tensor) -> Tensor:
+    """Of `networks.NoisyQuadratic`: the sum of its terms (points, dimension), averaged over the points."""
+    return terms.sum(-1).mean()

@@ -1,32 +1,39 @@
 """Batched inner training: N networks of one architecture, trained as one stack of tensors.
 
 The weights of all networks are one matrix, `(networks, parameters)`, and so are their gradients and the state of
-their optimizers. The gradient comes from `torch.func`, so any architecture that it can vectorise will do; what
-follows the gradient is elementwise. The updates are those of `torch.optim.SGD` (with momentum) and
-`torch.optim.AdamW`.
+their optimizers. The gradient comes from `Stack`; what follows it is elementwise and in place. The updates are those
+of `torch.optim`: SGD with and without Nesterov's momentum, Adam, AdamW and RMSprop.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from contextlib import nullcontext
-from copy import deepcopy
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
 
 from rlsched import control, moments
-from rlsched.envs.tasks import Episode, InnerTask
+from rlsched.envs.draws import minibatch_rows, seeded
+from rlsched.envs.sources import Points, Source, Stored
+from rlsched.envs.stacking import Buffers, Stack
+from rlsched.envs.tasks import OPTIMIZERS, InnerTask
 from rlsched.moments import Moments
 from rlsched.signals import Run
 
-BETA2, EPSILON = 0.999, 1e-8  # of AdamW
+BETA2, ALPHA, EPSILON = 0.999, 0.99, 1e-8  # of Adam and AdamW; of RMSprop; of all three
+# A CPU trains a chunk of networks for a whole window before it turns to the next, so that they stay in its cache: as
+# many as have CHUNK_WEIGHTS weights, but at least MIN_CHUNK, since fewer would cost more in calls than they save.
+CHUNK_WEIGHTS, MIN_CHUNK = 2**18, 64
 
 
 class Networks(NamedTuple):
-    """Everything that an inner step changes."""
+    """What an inner step changes, in place."""
 
     params: Tensor  # (networks, parameters)
     momentum: Tensor  # (networks, parameters), running average of the gradients
@@ -34,19 +41,32 @@ class Networks(NamedTuple):
     last_grad: Tensor  # (networks, parameters)
     average_norm: Tensor  # (networks,), running average of the gradient norm
     steps: Tensor  # (networks,), inner steps done, float32
+    buffers: Buffers  # what else a network holds: name -> (networks, *shape)
+
+    def rows(self, index: slice | list[int]) -> Networks:
+        """Some of the networks: views of them for a slice, copies for a list."""
+        tensors = {name: getattr(self, name)[index] for name in self._fields[:-1]}
+        return Networks(**tensors, buffers={name: b[index] for name, b in self.buffers.items()})
 
 
 class Settings(NamedTuple):
-    """What stays fixed in an episode, each (networks,)."""
+    """What stays fixed in an episode, each (networks,); float32, except for the integers."""
 
     total_steps: Tensor
-    adaptive: Tensor  # +1 AdamW, −1 SGD
+    optimizer: Tensor  # index into OPTIMIZERS, int64
+    adaptive: Tensor  # +1 for optimizers that divide by a second moment, −1 for SGD
+    sums: Tensor  # 1 where torch's momentum is a sum of gradients, 0 where it is their average
     lr: Tensor  # base lr in the terms of torch.optim
     momentum: Tensor  # base momentum
     weight_decay: Tensor
     loss_scale: Tensor
-    points: Tensor  # training points
     loss_reported: Tensor  # 1 where the policy sees the loss, else 0
+    points: Tensor  # training points, int64
+    batch_size: Tensor  # int64
+    seed: Tensor  # of the mini-batches, int64
+
+    def rows(self, index: slice | list[int]) -> Settings:
+        return Settings(*(tensor[index] for tensor in self))
 
 
 class InnerTraining:
@@ -56,198 +76,299 @@ class InnerTraining:
         task: the family of inner tasks that the networks are drawn from.
         size: number of networks.
         compile: compile the inner step with `torch.compile`: about twice as fast after seconds to compile.
+        device: where the networks are trained.
     """
 
-    def __init__(self, task: InnerTask, size: int, *, compile: bool = False) -> None:
+    def __init__(
+        self, task: InnerTask, size: int, *, compile: bool = False, device: str | torch.device = "cpu"
+    ) -> None:
         self.task = task
         self.size = size
-        network = deepcopy(task.network()).requires_grad_(False)  # the task may hand out one network to all
-        shapes = {name: p.shape for name, p in network.named_parameters()}
-        sizes = [shape.numel() for shape in shapes.values()]
-        parameters = sum(sizes)
+        self.device = torch.device(device)
+        example, network = task.source.draw(np.random.default_rng(0)), task.initial_network(0)
+        few = slice(task.batch_sizes[0])
+        self._stack = Stack(network, task.loss, example.inputs[few].to(device), example.targets[few].to(device))
+        self._data = _Data(task.source, size, example, self.device)
+        self._compile = compile and not self._stack.looped
+        self._graph = torch.compile(self._inner_step, dynamic=False) if self._compile else self._inner_step
+        self._evaluate = torch.compile(self._stack.evaluate, dynamic=False) if self._compile else self._stack.evaluate
 
-        def loss(params: Tensor, inputs: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-            pieces = zip(shapes.items(), params.split(sizes), strict=True)
-            weights = {name: piece.view(shape) for (name, shape), piece in pieces}
-            return scale * task.loss(functional_call(network, weights, (inputs,)), targets)
+        def vector(dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.ones(size, dtype=dtype, device=self.device)
 
-        self._loss = vmap(loss)
-        self._gradient = vmap(grad_and_value(loss))
-        self._compile = compile
-        self._graph = torch.compile(self._inner_step, dynamic=False) if compile else self._inner_step
+        def matrix() -> Tensor:
+            return torch.zeros(size, self._stack.parameters, device=self.device)
 
-        matrix, vector = torch.zeros(size, parameters), torch.zeros(size)
-        self.networks = Networks(matrix, matrix.clone(), matrix.clone(), matrix.clone(), vector, vector.clone())
-        self.settings = Settings(*(torch.ones(size) for _ in Settings._fields))
-        self._data: _Data | None = None
+        _, buffers = self._stack.flatten(network)
+        stacked = {name: torch.stack([b] * size).to(self.device) for name, b in buffers.items()}
+        self.networks = Networks(matrix(), matrix(), matrix(), matrix(), vector(), vector(), stacked)
+        integers = ("optimizer", "points", "batch_size", "seed")
+        self.settings = Settings(*(vector(torch.int64 if n in integers else torch.float32) for n in Settings._fields))
+        used = {name for name, weight in task.setup.optimizers.items() if weight > 0}
+        self._adam, self._rmsprop = bool(used & {"Adam", "AdamW"}), "RMSprop" in used
+        self._nesterov = "Nesterov" in used
+
+        chunk = size if self.device.type == "cuda" else max(MIN_CHUNK, CHUNK_WEIGHTS // self._stack.parameters)
+        chunks = math.ceil(size / chunk)
+        bounds = np.linspace(0, size, chunks + 1).round().astype(int).tolist()
+        self._chunks = [slice(a, b) for a, b in pairwise(bounds)]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the networks, their optimizers and their data take."""
+        tensors = [*self.networks[:-1], *self.networks.buffers.values(), *self.settings, *self._data.tensors()]
+        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
     def begin(self, slots: list[int], rngs: list[Generator]) -> None:
         """Draw a new episode for each of `slots`, from its own generator."""
-        setups, loss_scales, points = [], [], []
+        setups, points, seeds = [], [], []
         for slot, rng in zip(slots, rngs, strict=True):
-            episode = self.task.episode(rng)
-            setups.append(self.task.setup.draw(rng, episode.loss_scale))
-            loss_scales.append(episode.loss_scale)
-            if self._data is None:
-                self._data = _Data(self.size, self.task.max_points, episode)
-            points.append(self._data.put(slot, episode))
-            self.networks.params[slot] = episode.params
-        for tensor in self.networks[1:]:
+            setup = self.task.setup.draw(rng, self.task.batch_sizes)
+            seed, weights_seed = rng.integers(2**63, size=2).tolist()
+            params, buffers = self._stack.flatten(self.task.initial_network(weights_seed), setup.gain)
+            self.networks.params[slot] = params
+            for name, buffer in buffers.items():
+                self.networks.buffers[name][slot] = buffer
+            setups.append(setup)
+            seeds.append(seed)
+            points.append(self._data.put(slot, rng))
+        for tensor in (self.networks.momentum, self.networks.second_moment, self.networks.last_grad):
             tensor[slots] = 0.0
+        self.networks.steps[slots] = 0.0
         self.networks.average_norm[slots] = torch.nan
 
-        def column(values: list[Any]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32)
-
-        drawn = Settings(
-            total_steps=column([1 + s.decisions * self.task.interval for s in setups]),  # the first is on its own
-            adaptive=column([1 if s.adaptive else -1 for s in setups]),
-            lr=column([s.lr for s in setups]),
-            momentum=column([s.momentum for s in setups]),
-            weight_decay=column([s.weight_decay for s in setups]),
-            loss_scale=column(loss_scales),
-            points=column(points),
-            loss_reported=column([s.loss_reported for s in setups]),
-        )
-        for tensor, values in zip(self.settings, drawn, strict=True):
-            tensor[slots] = values
+        kinds = [OPTIMIZERS[s.optimizer] for s in setups]
+        drawn: dict[str, list[Any]] = {
+            "total_steps": [1 + s.decisions * self.task.interval for s in setups],  # the first is on its own
+            "optimizer": [list(OPTIMIZERS).index(s.optimizer) for s in setups],
+            "adaptive": [1 if kind.adaptive else -1 for kind in kinds],
+            "sums": [kind.sums for kind in kinds],
+            "points": points,
+            "seed": seeds,
+        }
+        for name, tensor in self.settings._asdict().items():
+            values = drawn[name] if name in drawn else [getattr(s, name) for s in setups]
+            tensor[slots] = torch.tensor(values, dtype=tensor.dtype, device=self.device)
 
     def run(self, slots: slice | list[int]) -> Run:
         """What the signals need to know of the episodes in `slots`."""
         total, adaptive = self.settings.total_steps[slots], self.settings.adaptive[slots]
         return Run(total, torch.full_like(total, self.task.interval), adaptive)
 
-    def first_step(self, slots: list[int], rngs: list[Generator], states: Tensor, lr_factor: float) -> Moments:
+    def first_step(self, slots: list[int], states: Tensor, lr_factor: float) -> Moments:
         """The first inner step of new episodes, at `lr_factor` times the lr; `states` as in `window`."""
-        subset = Networks(*(tensor[slots] for tensor in self.networks))
-        settings = Settings(*(tensor[slots] for tensor in self.settings))
-        inputs, targets = self._batches(slots, rngs, 1)
-        hyperparameters = _hyperparameters(states, settings)
-        subset, step = self._inner_step(subset, settings, hyperparameters, lr_factor, inputs[0], targets[0], True)
-        for tensor, value in zip(self.networks, subset, strict=True):
-            tensor[slots] = value
-        return Moments(*(value.unsqueeze(-1) for value in step))
+        networks = self.networks.rows(slots)
+        step = self._train(networks, slots, states, 1, lr_factor, graph=self._inner_step)
+        for name in Networks._fields[:-1]:
+            getattr(self.networks, name)[slots] = getattr(networks, name)
+        for name, buffer in networks.buffers.items():
+            self.networks.buffers[name][slots] = buffer
+        return step
 
-    def window(self, rngs: list[Generator], states: Tensor) -> Moments:
+    def window(self, states: Tensor) -> Moments:
         """Train every network for one window; `states` are the control states, (size, controls).
 
         Returns:
             The moments of its inner steps, each (size, interval).
         """
         interval = self.task.interval
-        inputs, targets = self._batches(range(self.size), rngs, interval)
-        hyperparameters = _hyperparameters(states, self.settings)
-        steps = []
         # Every task and size is a graph of its own; torch stops compiling at the ninth unless told otherwise.
         with torch._dynamo.config.patch(cache_size_limit=256) if self._compile else nullcontext():
-            for i in range(interval):
-                measure = moments.is_measured(i, interval)
-                self.networks, step = self._graph(
-                    self.networks, self.settings, hyperparameters, 1.0, inputs[i], targets[i], measure
-                )
-                steps.append(step)
-        return Moments(*(torch.stack(values, -1) for values in zip(*steps, strict=True)))
+            parts = [
+                self._train(self.networks.rows(chunk), chunk, states[chunk], interval, 1.0, graph=self._graph)
+                for chunk in self._chunks
+            ]
+        return Moments(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
-    def validation_loss(self, slots: slice | list[int]) -> Tensor:
-        """Loss on the validation points, without the factor on the loss, (slots,)."""
-        assert self._data is not None
-        inputs, targets = self._data.validation_inputs[slots], self._data.validation_targets[slots]
-        return self._loss(self.networks.params[slots], inputs, targets, torch.ones(len(inputs)))
+    def validation_loss(self, slots: list[int] | None = None) -> Tensor:
+        """Loss on the validation points, without the factor on the loss, of the networks in `slots` or of all."""
+        parts = self._chunks if slots is None else [slots]
+        evaluate = self._evaluate if slots is None else self._stack.evaluate
+        losses = []
+        with torch.no_grad(), seeded(0, self.device):
+            for part in parts:
+                networks = self.networks.rows(part)
+                losses.append(evaluate(networks.params, networks.buffers, *self._data.validation(part)))
+        return torch.cat(losses)
 
-    def _batches(self, slots: range | list[int], rngs: list[Generator], steps: int) -> tuple[Tensor, Tensor]:
-        """Mini-batches for `steps` inner steps: (steps, slots, batch, *input shape) and (steps, slots, batch)."""
-        assert self._data is not None
-        points = self.settings.points.int().tolist()
-        shape = (steps, self.task.batch_size)
-        rows = [torch.from_numpy(rng.integers(points[slot], size=shape)) for slot, rng in zip(slots, rngs, strict=True)]
-        return self._data.gather(torch.tensor(list(slots)), torch.stack(rows, 1))
+    def minibatches(self, slots: slice | list[int], steps: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """The next `steps` mini-batches of the networks in `slots`: (slots, batch, *shape) each."""
+        batch = self.task.batch_sizes[0]
+        s, done = self.settings.rows(slots), self.networks.steps[slots].long()
+        rows = minibatch_rows(s.seed, done, steps, batch, s.batch_size, s.points)
+        return (self._data.batch(index) for index in self._data.index(slots, rows))
+
+    def _train(
+        self, networks: Networks, slots: slice | list[int], states: Tensor, steps: int, lr_factor: float, graph: Any
+    ) -> Moments:
+        """`steps` inner steps of `networks`, which are those in `slots`."""
+        settings = self.settings.rows(slots)
+        batches = self.minibatches(slots, steps)
+        coefficients = _coefficients(states, settings, networks.steps, steps, lr_factor)
+        rows = []
+        noise = int((settings.seed + networks.steps.long()).sum()) & (2**63 - 1)
+        with seeded(noise, self.device):
+            for i, (inputs, targets) in enumerate(batches):
+                measured = moments.is_measured(i, steps)
+                rows.append(graph(networks, settings, coefficients.at(i), inputs, targets, measured))
+        return Moments(*torch.stack(rows, -1).unbind())
 
     def _inner_step(
         self,
         networks: Networks,
         settings: Settings,
-        hyperparameters: Hyperparameters,
-        lr_factor: float,
+        c: Coefficients,
         inputs: Tensor,
         targets: Tensor,
-        measure: bool,
-    ) -> tuple[Networks, Moments]:
-        params, momentum, second_moment, last_grad, average, steps = networks
-        lr, beta, multiple = hyperparameters
-        grad, loss = self._gradient(params, inputs, targets, settings.loss_scale)
+        measured: bool,
+    ) -> Tensor:
+        """One inner step, in place. Returns its moments, (fields of Moments, networks)."""
+        params, momentum, second_moment, last_grad, average, steps, buffers = networks
+        grad, loss, changed = self._stack.gradient(params, buffers, inputs, targets, settings.loss_scale)
         grad_norm = moments.norm(grad)
-        coefficient = moments.clip_coefficient(grad_norm, average, multiple)
-
-        adaptive = settings.adaptive > 0
-        decay = torch.where(adaptive, 0.0, settings.weight_decay)
-        step_grad = coefficient[:, None] * grad + decay[:, None] * params
-        lr = lr * lr_factor * control.fallback_schedule(steps, settings.total_steps)
-        decoupled_decay = torch.where(adaptive, 1 - lr * settings.weight_decay, 1.0)
-        new_momentum = torch.lerp(step_grad, momentum, beta[:, None])
-        new_second_moment = torch.lerp(step_grad.square(), second_moment, BETA2)
-        count = steps + 1
-        size = torch.where(adaptive, lr / (1 - beta**count), lr)
-        root = new_second_moment.sqrt() / (1 - BETA2**count).sqrt()[:, None] + EPSILON
-        update = torch.where(adaptive[:, None], new_momentum / root, new_momentum)
-        new_params = decoupled_decay[:, None] * params - size[:, None] * update
-
+        clip = moments.clip_coefficient(grad_norm, average, c.clip_multiple)
         nothing = torch.full_like(loss, torch.nan)
-        reported = torch.where(settings.loss_reported > 0, loss, torch.nan)
         cosines, updates = (nothing, nothing), (nothing, nothing)
-        if measure:
+        if measured:
             agreement = moments.cosine(grad, last_grad)
             # Without momentum there is only the last gradient to agree with.
             cosines = agreement, torch.where(settings.momentum > 0, moments.cosine(grad, momentum), agreement)
-            updates = moments.update_moments(params, new_params, grad, reported)
-        step = Moments(reported, grad_norm, (coefficient < 1).float(), *cosines, *updates)
-        average = moments.average_norm(average, grad_norm)
-        return Networks(new_params, new_momentum, new_second_moment, grad, average, count), step
+
+        step_grad = clip[:, None] * grad + c.l2[:, None] * params
+        if self._adam or self._rmsprop:
+            second_moment.lerp_(step_grad.square(), c.forget[:, None])
+        if self._rmsprop:  # momentum follows the division; with Adam it precedes it
+            step_grad = step_grad / (c.early_root[:, None] * second_moment.sqrt() + c.early_epsilon[:, None])
+        momentum.lerp_(step_grad, 1 - c.momentum[:, None])
+        direction = torch.lerp(step_grad, momentum, c.lookahead[:, None]) if self._nesterov else momentum
+        if self._adam:
+            direction = direction / (c.root[:, None] * second_moment.sqrt() + c.epsilon[:, None])
+        after = c.shrink[:, None] * params - c.lr[:, None] * direction
+        if measured:
+            updates = moments.update_moments(params, after, grad, loss)
+        row = torch.stack([loss, grad_norm, (clip < 1).float(), *cosines, *updates])
+
+        params.copy_(after)
+        last_grad.copy_(grad)
+        average.copy_(moments.average_norm(average, grad_norm))
+        steps += 1
+        for name, buffer in changed.items():
+            buffers[name].copy_(buffer)
+        return row
 
 
-class Hyperparameters(NamedTuple):
-    """What the control states mean, each (networks,)."""
+class Coefficients(NamedTuple):
+    """What an inner step multiplies with. Each (networks,), or (steps, networks) for a window of them."""
 
-    lr: Tensor  # before the fallback schedule; on the running average of the gradients
+    lr: Tensor  # of the average of gradients, with Adam's correction of its bias
     momentum: Tensor
+    lookahead: Tensor  # Nesterov: share of the momentum in the direction, where the rest is the gradient; else 1
+    root: Tensor  # Adam: factor on the root of the second moment, which corrects its bias; else 0
+    epsilon: Tensor  # Adam: added to it; else 1, so that the division does nothing
+    early_root: Tensor  # the same for RMSprop
+    early_epsilon: Tensor
+    forget: Tensor  # weight of a new gradient in the second moment
+    l2: Tensor  # weight decay that is added to the gradient
+    shrink: Tensor  # AdamW: factor of the decoupled weight decay on the weights; else 1
     clip_multiple: Tensor
 
-
-def sum_to_average(settings: Settings) -> Tensor:
-    """Base lr on the average of gradients over that in torch's terms, (networks,): SGD's momentum is their sum."""
-    return torch.where(settings.adaptive > 0, 1.0, 1 / (1 - settings.momentum))
+    def at(self, step: int) -> Coefficients:
+        return Coefficients(*(c[step] if c.dim() > 1 else c for c in self))
 
 
-def _hyperparameters(states: Tensor, settings: Settings) -> Hyperparameters:
-    return Hyperparameters(
-        settings.lr * sum_to_average(settings) * states[:, control.LR].exp(),
-        control.momentum_of(states[:, control.MOMENTUM]),
-        control.clip_multiple(states[:, control.CLIP]),
+def _coefficients(states: Tensor, settings: Settings, done: Tensor, steps: int, lr_factor: float) -> Coefficients:
+    """Of the next `steps` inner steps, with the control states (networks, controls), after `done` (networks,)."""
+    number = list(OPTIMIZERS).index
+    rmsprop, nesterov = settings.optimizer == number("RMSprop"), settings.optimizer == number("Nesterov")
+    adamw = settings.optimizer == number("AdamW")
+    adam = adamw | (settings.optimizer == number("Adam"))
+    momentum = control.momentum_of(states[:, control.MOMENTUM])
+    count = done + torch.arange(1, steps + 1, device=done.device)[:, None]
+    lr = settings.lr * sum_to_average(settings) * states[:, control.LR].exp() * lr_factor
+    lr = lr * control.fallback_schedule(count - 1, settings.total_steps)
+    return Coefficients(
+        lr=torch.where(adam, lr / (1 - momentum**count), lr),
+        momentum=momentum,
+        lookahead=torch.where(nesterov, momentum, 1.0),
+        root=torch.where(adam, (1 - BETA2**count).rsqrt(), 0.0),
+        epsilon=torch.where(adam, EPSILON, 1.0),
+        early_root=rmsprop.float(),
+        early_epsilon=torch.where(rmsprop, EPSILON, 1.0),
+        forget=torch.where(rmsprop, 1 - ALPHA, 1 - BETA2),
+        l2=torch.where(adamw, 0.0, settings.weight_decay),
+        shrink=torch.where(adamw, 1 - lr * settings.weight_decay, 1.0),
+        clip_multiple=control.clip_multiple(states[:, control.CLIP]),
     )
 
 
+def sum_to_average(settings: Settings) -> Tensor:
+    """Base lr on the average of gradients over that in torch's terms, (networks,)."""
+    return torch.where(settings.sums > 0, 1 / (1 - settings.momentum), 1.0)
+
+
 class _Data:
-    """The data of all networks in preallocated tensors."""
+    """The data of all networks: a copy for each in one pool, or one pool for all and rows in it for each."""
 
-    def __init__(self, size: int, points: int, like: Episode) -> None:
-        self.points = points
-        self.inputs = like.inputs.new_zeros(size * points, *like.inputs.shape[1:])
-        self.targets = like.targets.new_zeros(size * points, *like.targets.shape[1:])
-        self.validation_inputs = like.validation_inputs.new_zeros(size, *like.validation_inputs.shape)
-        self.validation_targets = like.validation_targets.new_zeros(size, *like.validation_targets.shape)
+    def __init__(self, source: Source, size: int, like: Points, device: torch.device) -> None:
+        self._source, self._most, self._device = source, source.max_points, device
+        if isinstance(source, Stored):
+            self._inputs, self._targets = source.inputs.to(device), source.targets.to(device)
+            self._rows = torch.zeros(size, self._most, dtype=torch.int32, device=device)
+            self._validation_rows = torch.zeros(size, source.validation_points, dtype=torch.int32, device=device)
+            return
+        alike = like.targets is like.inputs
+        self._inputs = _pool(size * self._most, like.inputs, device)
+        self._targets = self._inputs if alike else _pool(size * self._most, like.targets, device)
+        self._validation_inputs = _pool(size, like.validation_inputs[None], device)
+        self._validation_targets = (
+            self._validation_inputs if alike else _pool(size, like.validation_targets[None], device)
+        )
 
-    def put(self, slot: int, episode: Episode) -> int:
-        """Store an episode's data; returns its number of training points."""
-        start, points = slot * self.points, len(episode.targets)
-        if points > self.points:
-            raise ValueError(f"max_points of the inner task is {self.points}, but an episode has {points} points")
-        self.inputs[start : start + points] = episode.inputs
-        self.targets[start : start + points] = episode.targets
-        self.validation_inputs[slot] = episode.validation_inputs
-        self.validation_targets[slot] = episode.validation_targets
+    def tensors(self) -> list[Tensor]:
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+    def put(self, slot: int, rng: Generator) -> int:
+        """Draw an episode's data; returns its number of training points."""
+        if isinstance(self._source, Stored):
+            train, validation = self._source.rows(rng)
+            self._rows[slot, : len(train)] = train
+            self._validation_rows[slot] = validation
+            return len(train)
+        drawn = self._source.draw(rng)
+        start, points = slot * self._most, len(drawn.inputs)
+        if len(drawn.targets) != points:
+            raise ValueError(f"data: the source drew {points} inputs and {len(drawn.targets)} targets")
+        if points > self._most:
+            raise ValueError(f"max_points of the data is {self._most}, but an episode has {points} points")
+        self._inputs[start : start + points] = drawn.inputs
+        self._validation_inputs[slot] = drawn.validation_inputs
+        if self._targets is not self._inputs:
+            self._targets[start : start + points] = drawn.targets
+            self._validation_targets[slot] = drawn.validation_targets
         return points
 
-    def gather(self, slots: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of `rows` (steps, slots, batch) of the networks in `slots`."""
-        index = (rows + (slots * self.points)[:, None]).flatten()
-        inputs = self.inputs.index_select(0, index).view(*rows.shape, *self.inputs.shape[1:])
-        return inputs, self.targets.index_select(0, index).view(*rows.shape, *self.targets.shape[1:])
+    def index(self, slots: slice | list[int], rows: Tensor) -> Tensor:
+        """Where in the pool the `rows` (steps, slots, batch) of the networks in `slots` are, of the same shape."""
+        if isinstance(self._source, Stored):
+            own = self._rows[slots].expand(len(rows), -1, -1)
+            return own.gather(2, rows).long()
+        networks = torch.arange(len(self._inputs) // self._most, device=self._device)[slots]
+        return rows + (networks * self._most)[:, None]
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets at `index` (slots, batch)."""
+        flat = index.flatten()
+        inputs = self._inputs.index_select(0, flat).unflatten(0, index.shape)
+        if self._targets is self._inputs:
+            return inputs, inputs
+        return inputs, self._targets.index_select(0, flat).unflatten(0, index.shape)
+
+    def validation(self, slots: slice | list[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, (slots, validation points, *shape)."""
+        if isinstance(self._source, Stored):
+            return self.batch(self._validation_rows[slots].long())
+        return self._validation_inputs[slots], self._validation_targets[slots]
+
+
+def _pool(rows: int, like: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros(rows, *like.shape[1:], dtype=like.dtype, device=device)
