@@ -94,8 +94,8 @@ MIXTURES: dict[str, tuple[InnerTask, ...]] = {
 }
 
 
-def mixture(tasks: str | Sequence[InnerTask]) -> tuple[InnerTask, ...]:
-    """The inner tasks of a mixture that is given by its name, by "module:NAME", or as inner tasks.
+def mixture(tasks: str | InnerTask | Sequence[InnerTask]) -> tuple[InnerTask, ...]:
+    """The inner tasks of a mixture that is given by its name, by "module:NAME", or as one or several inner tasks.
 
     Raises:
         ValueError: there is no mixture of that name, or it has no task.
@@ -119,5 +119,5 @@ def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"tasks={name!r} cannot be imported: {error}") from error

@@ -65,8 +65,9 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
     `lr`, `momentum` (of torch's optimizer), `clip` (multiple of the average gradient norm), `train_loss` (mean of the
     window, without the loss scale), `validation_loss` (the last measured), `best_validation_loss` and
     `best_inner_steps`, where it was measured, `since_best` (validations since then), `inner_steps`, `total_steps`,
-    `adaptive`: arrays of shape (num_envs,). Where an episode ended, `final_obs` and `final_info` hold its last
-    observation and info, and the observation is already the first of the next episode (`AutoresetMode.SAME_STEP`).
+    `adaptive`, `diverged` (1 where the episode ended in the second way): arrays of shape (num_envs,). Where an episode
+    ended, `final_obs` and `final_info` hold its last observation and info, and the observation is already the first of
+    the next episode (`AutoresetMode.SAME_STEP`).
 
     Args:
         num_envs: number of inner training runs.
@@ -80,7 +81,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         autoreset: whether an ended run is followed by a new episode in the same step. Without it, a run that ended
             means nothing until `reset`.
 
-    `reset(seed=s)` seeds run i with s + i and determines everything that follows, whatever `num_envs` is.
+    `reset(seed=s)` seeds run i with s + i and determines everything that follows, whatever `num_envs` is; only the masks
+    of dropout, drawn for all runs of a task at once, are others where their number is another.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -174,19 +176,27 @@ SchedulingVectorEnv.__doc__ = (SchedulingVectorEnv.__doc__ or "").format(
 class SchedulingEnv(gymnasium.Env[Array, Array]):
     """One inner training run: a `SchedulingVectorEnv` of one, with its arguments and its documentation.
 
-    Its network is of the mixture's first task. To meet the others, make several: `gymnasium.make_vec`.
+    Where there are several tasks, each episode draws one of them.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(self, tasks: str | Sequence[InnerTask] = "mlp", **options: Any) -> None:
-        self._batch = SchedulingVectorEnv(1, tasks, **options, autoreset=False)
+        self._tasks, self._options = mixture(tasks), options
+        self._batches: dict[int, SchedulingVectorEnv] = {}  # by the number of the task, as they are met
+        self._batch = self._batch_of(0)
         self.observation_space, self.action_space = OBSERVATION_SPACE, ACTION_SPACE
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         super().reset(seed=seed)
-        observations, infos = self._batch.reset(seed=seed)
+        self._batch = self._batch_of(int(self.np_random.integers(len(self._tasks))))
+        observations, infos = self._batch.reset(seed=int(self.np_random.integers(2**31)) if seed is None else seed)
         return observations[0], _single(infos)
+
+    def _batch_of(self, number: int) -> SchedulingVectorEnv:
+        if number not in self._batches:
+            self._batches[number] = SchedulingVectorEnv(1, [self._tasks[number]], **self._options, autoreset=False)
+        return self._batches[number]
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         observations, rewards, terminated, truncated, infos = self._batch.step(np.asarray(action)[None])
@@ -208,6 +218,7 @@ class _Group:
         self.observation = torch.zeros(n, len(OBSERVATIONS), device=device)
         self.reward = zeros()
         self.done = torch.ones(n, dtype=torch.bool, device=device)
+        self.finite = self.done.clone()  # whether the losses and weights are
         self.base = control.initial_state(zeros())  # control state that means the fallback schedule
         self.state = self.base.clone()
         self.history = signals.start((n,), device)
@@ -246,7 +257,7 @@ class _Group:
         self.first_loss[slots] = train_loss if self._rewarded == "training" else validation_loss
         for counted in (self.best_steps, self.since_best, self.windows, self.drop, self.reward):
             counted[slots] = 0.0
-        self.done[slots], self.lr_factor[slots] = False, 1.0
+        self.done[slots], self.finite[slots], self.lr_factor[slots] = False, True, 1.0
 
     def step(self, actions: Tensor) -> None:
         """One decision and the window of inner training that follows it."""
@@ -267,14 +278,14 @@ class _Group:
         ended = steps >= run.total_steps
         self._validate(ended)
 
-        finite = self.validation_loss.isfinite() & moments.grad_norm.isfinite().all(-1)
-        finite &= training.networks.params.isfinite().all(-1)
+        finite = self.validation_loss.isfinite() & training.networks.params.isfinite().all(-1)
+        finite &= moments.loss.isfinite().all(-1) & moments.grad_norm.isfinite().all(-1)
         losses = {"validation": self.validation_loss, "best": self.best_loss, "training": self.train_loss}
         drop = (self.first_loss / losses[self._rewarded].clamp(min=1e-12)).log().clamp(min=-WORST_RISE)
         drop = torch.where(finite & drop.isfinite(), drop, -WORST_RISE)
         self.reward = drop - self.drop
         self.drop = drop
-        self.done = ~finite | ended
+        self.finite, self.done = finite, ~finite | ended
         if training.task.patience is not None:
             self.done |= self.since_best >= training.task.patience
 
@@ -308,6 +319,7 @@ class _Group:
             "inner_steps": self.training.networks.steps,
             "total_steps": settings.total_steps,
             "adaptive": settings.adaptive,
+            "diverged": ~self.finite,
         }
 
 

@@ -29,7 +29,8 @@ class Stack:
         inputs, targets: a mini-batch for that trial, on the device of the training to come.
 
     Raises:
-        ValueError: the loss is not one number per network, or the trainable weights are none or not of float32.
+        ValueError: the loss is not one number per network, or the trainable weights are none or not of float32, or the
+            network remembers something outside of its buffers.
     """
 
     def __init__(
@@ -42,11 +43,11 @@ class Stack:
         self._shapes = {name: p.shape for name, p in trainable.items()}
         self._sizes = [shape.numel() for shape in self._shapes.values()]
         self.parameters = sum(self._sizes)
-        self._tied = len(list(network.named_parameters(remove_duplicate=False))) > len(list(network.parameters()))
+        self._tied = len(_named_tensors(network, remove_duplicate=False)) > len(_named_tensors(network))
         self._loss = loss
         still = deepcopy(network).requires_grad_(False).to(inputs.device)
         self._in_training, self._in_evaluation = _Observed(still).train(), _Observed(deepcopy(still)).eval()
-        self._changing: tuple[str, ...] = ()  # buffers that training changes
+        self._changing = tuple(name for name, _ in network.named_buffers())  # the buffers that may change
         self.looped = False
         self._try_out(network, inputs, targets)
 
@@ -76,23 +77,23 @@ class Stack:
         arguments = params, buffers, inputs, targets
         if self.looped:
             return torch.stack([self._evaluate(*each) for each in _each(arguments)])
-        return vmap(self._evaluate, randomness="different")(*arguments)
+
+        def evaluate(params: Tensor, *rest: Any) -> Tensor:
+            # vmap alone refuses recurrent layers, but takes what becomes of them where gradients may be wanted.
+            return vjp(lambda params: self._evaluate(params, *rest), params)[0]
+
+        return vmap(evaluate, randomness="different")(*arguments)
 
     # --- One network ------------------------------------------------------------------------------------------------
 
     def _train(
         self, params: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor, scale: Tensor
     ) -> tuple[Tensor, Buffers]:
-        own = {name: b.clone() if name in self._changing else b for name, b in buffers.items()}
-        outputs, after = self._call(self._in_training, params, own, inputs)
+        outputs, after = self._call(self._in_training, params, buffers, inputs)
         return scale * self._loss_of(outputs, targets), {name: after[name] for name in self._changing}
 
     def _evaluate(self, params: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor) -> Tensor:
-        def loss(params: Tensor) -> Tensor:
-            return self._loss_of(self._call(self._in_evaluation, params, buffers, inputs)[0], targets)
-
-        # vmap alone refuses recurrent layers, but takes what becomes of them where gradients may be wanted.
-        return vjp(loss, params)[0]
+        return self._loss_of(self._call(self._in_evaluation, params, buffers, inputs)[0], targets)
 
     def _gradient(self, params: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Buffers]:
         params = params.detach().requires_grad_()
@@ -103,7 +104,8 @@ class Stack:
     def _call(self, network: nn.Module, params: Tensor, buffers: Buffers, inputs: Tensor) -> tuple[Any, Buffers]:
         pieces = zip(self._shapes.items(), params.split(self._sizes), strict=True)
         weights = {name: piece.view(shape) for (name, shape), piece in pieces}
-        state = {f"network.{name}": tensor for name, tensor in (weights | buffers).items()}
+        own = {name: b.clone() if name in self._changing else b for name, b in buffers.items()}
+        state = {f"network.{name}": tensor for name, tensor in (weights | own).items()}
         return functional_call(network, state, (inputs,), tie_weights=self._tied)
 
     def _loss_of(self, outputs: Any, targets: Tensor) -> Tensor:
@@ -118,25 +120,34 @@ class Stack:
         device = inputs.device
         params, buffers = self.flatten(network.to(device))
         single = params, buffers, inputs, targets, torch.ones((), device=device)
-        self._changing = tuple(buffers)
+        two: list[Any] = [
+            {n: torch.stack([b, b]) for n, b in a.items()} if isinstance(a, dict) else torch.stack([a, a])
+            for a in single
+        ]
         with seeded(0, device):
-            _, _, after = self._gradient(*single)
-            self._changing = tuple(n for n, before in buffers.items() if not torch.equal(after[n], before))
+            _, loss, after = self._gradient(*single)
             self._evaluate(*single[:-1])
-            two: list[Any] = [
-                {n: torch.stack([b, b]) for n, b in a.items()} if isinstance(a, dict) else torch.stack([a, a])
-                for a in single
-            ]
-            try:
+        with seeded(0, device):
+            _, again, _ = self._gradient(*single)
+        if not torch.allclose(loss, again, rtol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"network must keep what it remembers in buffers: the same weights, buffers and random numbers of "
+                f"torch gave the loss {loss:.6g} and then {again:.6g}"
+            )
+        may_change = self._changing
+        self._changing = tuple(n for n in may_change if not torch.equal(after[n], buffers[n]))
+        try:
+            with seeded(0, device):
                 self.gradient(*two)
                 self.evaluate(*two[:-1])
-            except Exception as error:
-                self.looped = True
-                warnings.warn(
-                    f"the {type(network).__name__} cannot be trained in a stack, so its networks are trained one by "
-                    f"one, which is slower. The reason: {str(error).strip().splitlines()[0]}",
-                    stacklevel=2,
-                )
+        except Exception as error:
+            self.looped, self._changing = True, may_change  # what a branch changes, this trial need not have met
+            reason = str(error).strip() or type(error).__name__
+            warnings.warn(
+                f"the {type(network).__name__} cannot be trained in a stack, so its networks are trained one by "
+                f"one, which is slower. The reason: {reason.splitlines()[0]}",
+                stacklevel=2,
+            )
 
 
 class _Observed(nn.Module):
@@ -154,3 +165,10 @@ def _each(arguments: tuple[Any, ...]) -> Any:
     """The arguments of every network in turn."""
     for i in range(len(arguments[0])):
         yield [{n: b[i] for n, b in a.items()} if isinstance(a, dict) else a[i] for a in arguments]
+
+
+def _named_tensors(network: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, Tensor]]:
+    return [
+        *network.named_parameters(remove_duplicate=remove_duplicate),
+        *network.named_buffers(remove_duplicate=remove_duplicate),
+    ]

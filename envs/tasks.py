@@ -48,20 +48,26 @@ OPTIMIZERS: Mapping[str, Kind] = {
 }
 
 
+def knob(default: Any, meaning: str) -> Any:
+    """A field with its documentation, which docs/tasks.md shows."""
+    factory = (lambda: dict(default)) if isinstance(default, dict) else (lambda: default)
+    return field(default_factory=factory, metadata={"help": meaning})
+
+
 @dataclass(frozen=True)
 class SetupDistribution:
     """Distribution of training set-ups. Ranges are log-uniform."""
 
-    decisions: tuple[int, int] = (30, 140)
-    optimizers: Mapping[str, float] = field(default_factory=lambda: {"SGD": 0.5, "AdamW": 0.5})  # weights
-    sgd_lr: tuple[float, float] = (1e-5, 2.0)  # over the loss scale, at a momentum of 0.9
-    adaptive_lr: tuple[float, float] = (3e-5, 0.3)  # of RMSprop, without momentum
-    weight_decay: tuple[float, float] = (1e-5, 1e-2)  # in half of the episodes, else 0
-    no_momentum: float = 0.05  # probability that SGD runs without momentum; RMSprop does in half of the episodes
-    other_momentum: float = 0.3  # probability of a momentum between 0.5 and 0.98 in place of 0.9
-    loss_scale: tuple[float, float] = (0.1, 10.0)
-    gain: tuple[float, float] = (0.3, 2.0)  # factor on the weight matrices that the network begins with
-    no_loss: float = 0.05  # probability that the policy is not told the loss
+    decisions: tuple[int, int] = knob((30, 140), "decisions of a run, each before a window of inner steps")
+    optimizers: Mapping[str, float] = knob({"SGD": 1, "AdamW": 1}, "their weights in the draw")
+    sgd_lr: tuple[float, float] = knob((1e-5, 2.0), "base lr of SGD, times loss scale, at a momentum of 0.9")
+    adaptive_lr: tuple[float, float] = knob((3e-5, 0.3), "base lr of Adam and AdamW, and of RMSprop without momentum")
+    weight_decay: tuple[float, float] = knob((1e-5, 1e-2), "in half of the episodes, else 0")
+    no_momentum: float = knob(0.05, "probability that SGD runs without momentum; RMSprop does in half of the episodes")
+    other_momentum: float = knob(0.3, "probability of a momentum between 0.5 and 0.98 in place of 0.9")
+    loss_scale: tuple[float, float] = knob((0.1, 10.0), "factor on the loss")
+    gain: tuple[float, float] = knob((0.3, 2.0), "factor on the weight matrices that the network begins with")
+    no_loss: float = knob(0.05, "probability that the policy is not told the loss")
 
     def __post_init__(self) -> None:
         check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay", "loss_scale", "gain")

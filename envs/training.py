@@ -8,10 +8,10 @@ of `torch.optim`: SGD with and without Nesterov's momentum, Adam, AdamW and RMSp
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from inspect import signature
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from rlsched.envs.stacking import Buffers, Stack
 from rlsched.envs.tasks import OPTIMIZERS, InnerTask
 from rlsched.moments import Moments
 from rlsched.signals import Run
+
+T = TypeVar("T")
 
 BETA2, ALPHA, EPSILON = 0.999, 0.99, 1e-8  # of Adam and AdamW; of RMSprop; of all three
 # A CPU trains a chunk of networks for a whole window before it turns to the next, so that they stay in its cache: as
@@ -77,6 +79,9 @@ class InnerTraining:
         size: number of networks.
         compile: compile the inner step with `torch.compile`: about twice as fast after seconds to compile.
         device: where the networks are trained.
+
+    Raises:
+        ValueError: nothing can be trained on this device.
     """
 
     def __init__(
@@ -84,14 +89,14 @@ class InnerTraining:
     ) -> None:
         self.task = task
         self.size = size
-        self.device = torch.device(device)
+        self.device = usable_device(device)
         example, network = task.source.draw(np.random.default_rng(0)), task.initial_network(0)
         few = slice(task.batch_sizes[0])
         self._stack = Stack(network, task.loss, example.inputs[few].to(device), example.targets[few].to(device))
         self._data = _Data(task.source, size, example, self.device)
         self._compile = compile and not self._stack.looped
-        self._graph = torch.compile(self._inner_step, dynamic=False) if self._compile else self._inner_step
-        self._evaluate = torch.compile(self._stack.evaluate, dynamic=False) if self._compile else self._stack.evaluate
+        self._graph = _compiled(self._inner_step) if self._compile else self._inner_step
+        self._evaluate = _compiled(self._stack.evaluate) if self._compile else self._stack.evaluate
 
         def vector(dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.ones(size, dtype=dtype, device=self.device)
@@ -117,7 +122,8 @@ class InnerTraining:
     def nbytes(self) -> int:
         """Memory that the networks, their optimizers and their data take."""
         tensors = [*self.networks[:-1], *self.networks.buffers.values(), *self.settings, *self._data.tensors()]
-        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def begin(self, slots: list[int], rngs: list[Generator]) -> None:
         """Draw a new episode for each of `slots`, from its own generator."""
@@ -171,13 +177,10 @@ class InnerTraining:
         Returns:
             The moments of its inner steps, each (size, interval).
         """
-        interval = self.task.interval
-        # Every task and size is a graph of its own; torch stops compiling at the ninth unless told otherwise.
-        with torch._dynamo.config.patch(cache_size_limit=256) if self._compile else nullcontext():
-            parts = [
-                self._train(self.networks.rows(chunk), chunk, states[chunk], interval, 1.0, graph=self._graph)
-                for chunk in self._chunks
-            ]
+        parts = [
+            self._train(self.networks.rows(chunk), chunk, states[chunk], self.task.interval, 1.0, graph=self._graph)
+            for chunk in self._chunks
+        ]
         return Moments(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def validation_loss(self, slots: list[int] | None = None) -> Tensor:
@@ -209,30 +212,18 @@ class InnerTraining:
         noise = int((settings.seed + networks.steps.long()).sum()) & (2**63 - 1)
         with seeded(noise, self.device):
             for i, (inputs, targets) in enumerate(batches):
-                measured = moments.is_measured(i, steps)
-                rows.append(graph(networks, settings, coefficients.at(i), inputs, targets, measured))
-        return Moments(*torch.stack(rows, -1).unbind())
+                rows.append(graph(networks, coefficients.at(i), inputs, targets))
+        return moments.as_measured(Moments(*torch.stack(rows, -1).unbind()))
 
-    def _inner_step(
-        self,
-        networks: Networks,
-        settings: Settings,
-        c: Coefficients,
-        inputs: Tensor,
-        targets: Tensor,
-        measured: bool,
-    ) -> Tensor:
+    def _inner_step(self, networks: Networks, c: Coefficients, inputs: Tensor, targets: Tensor) -> Tensor:
         """One inner step, in place. Returns its moments, (fields of Moments, networks)."""
         params, momentum, second_moment, last_grad, average, steps, buffers = networks
-        grad, loss, changed = self._stack.gradient(params, buffers, inputs, targets, settings.loss_scale)
+        grad, loss, changed = self._stack.gradient(params, buffers, inputs, targets, c.loss_scale)
         grad_norm = moments.norm(grad)
         clip = moments.clip_coefficient(grad_norm, average, c.clip_multiple)
-        nothing = torch.full_like(loss, torch.nan)
-        cosines, updates = (nothing, nothing), (nothing, nothing)
-        if measured:
-            agreement = moments.cosine(grad, last_grad)
-            # Without momentum there is only the last gradient to agree with.
-            cosines = agreement, torch.where(settings.momentum > 0, moments.cosine(grad, momentum), agreement)
+        cosine = moments.cosine(grad, last_grad)
+        # Without momentum there is only the last gradient to agree with.
+        momentum_cosine = torch.where(c.has_momentum, moments.cosine(grad, momentum), cosine)
 
         step_grad = clip[:, None] * grad + c.l2[:, None] * params
         if self._adam or self._rmsprop:
@@ -244,9 +235,8 @@ class InnerTraining:
         if self._adam:
             direction = direction / (c.root[:, None] * second_moment.sqrt() + c.epsilon[:, None])
         after = c.shrink[:, None] * params - c.lr[:, None] * direction
-        if measured:
-            updates = moments.update_moments(params, after, grad, loss)
-        row = torch.stack([loss, grad_norm, (clip < 1).float(), *cosines, *updates])
+        updates = moments.update_moments(params, after, grad, loss)
+        row = torch.stack([loss, grad_norm, (clip < 1).float(), cosine, momentum_cosine, *updates])
 
         params.copy_(after)
         last_grad.copy_(grad)
@@ -258,7 +248,7 @@ class InnerTraining:
 
 
 class Coefficients(NamedTuple):
-    """What an inner step multiplies with. Each (networks,), or (steps, networks) for a window of them."""
+    """What an inner step goes by. Each (networks,), or (steps, networks) for several steps."""
 
     lr: Tensor  # of the average of gradients, with Adam's correction of its bias
     momentum: Tensor
@@ -271,6 +261,8 @@ class Coefficients(NamedTuple):
     l2: Tensor  # weight decay that is added to the gradient
     shrink: Tensor  # AdamW: factor of the decoupled weight decay on the weights; else 1
     clip_multiple: Tensor
+    loss_scale: Tensor
+    has_momentum: Tensor  # bool
 
     def at(self, step: int) -> Coefficients:
         return Coefficients(*(c[step] if c.dim() > 1 else c for c in self))
@@ -298,7 +290,23 @@ def _coefficients(states: Tensor, settings: Settings, done: Tensor, steps: int, 
         l2=torch.where(adamw, 0.0, settings.weight_decay),
         shrink=torch.where(adamw, 1 - lr * settings.weight_decay, 1.0),
         clip_multiple=control.clip_multiple(states[:, control.CLIP]),
+        loss_scale=settings.loss_scale,
+        has_momentum=settings.momentum > 0,
     )
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: there is none, or nothing can be computed on it.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that torch can compute on here, got {device!r}: {reason}") from error
 
 
 def sum_to_average(settings: Settings) -> Tensor:
@@ -306,11 +314,20 @@ def sum_to_average(settings: Settings) -> Tensor:
     return torch.where(settings.sums > 0, 1 / (1 - settings.momentum), 1.0)
 
 
+def _compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """The function, with graphs of its own: those that tasks share are searched one by one, and end at eight."""
+    isolated: dict[str, Any] = (
+        {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
+    )
+    return torch.compile(function, dynamic=False, **isolated)
+
+
 class _Data:
     """The data of all networks: a copy for each in one pool, or one pool for all and rows in it for each."""
 
     def __init__(self, source: Source, size: int, like: Points, device: torch.device) -> None:
         self._source, self._most, self._device = source, source.max_points, device
+        self._batch_inputs, self._batch_targets = _pool(0, like.inputs, device), _pool(0, like.targets, device)
         if isinstance(source, Stored):
             self._inputs, self._targets = source.inputs.to(device), source.targets.to(device)
             self._rows = torch.zeros(size, self._most, dtype=torch.int32, device=device)
@@ -356,12 +373,20 @@ class _Data:
         return rows + (networks * self._most)[:, None]
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets at `index` (slots, batch)."""
+        """Inputs and targets at `index` (slots, batch), until the next call.
+
+        Their memory is used again: to fill fresh pages at every step costs several times as much as to copy the points.
+        """
         flat = index.flatten()
-        inputs = self._inputs.index_select(0, flat).unflatten(0, index.shape)
-        if self._targets is self._inputs:
-            return inputs, inputs
-        return inputs, self._targets.index_select(0, flat).unflatten(0, index.shape)
+        alike = self._targets is self._inputs
+        if len(flat) > len(self._batch_inputs):
+            self._batch_inputs = _pool(len(flat), self._inputs, self._device)
+            self._batch_targets = self._batch_inputs if alike else _pool(len(flat), self._targets, self._device)
+        inputs, targets = self._batch_inputs[: len(flat)], self._batch_targets[: len(flat)]
+        torch.index_select(self._inputs, 0, flat, out=inputs)
+        if not alike:
+            torch.index_select(self._targets, 0, flat, out=targets)
+        return inputs.unflatten(0, index.shape), targets.unflatten(0, index.shape)
 
     def validation(self, slots: slice | list[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets, (slots, validation points, *shape)."""

@@ -36,6 +36,14 @@ def is_measured(step: int, interval: int) -> bool:
     return step >= interval - MEASURED_STEPS
 
 
+def as_measured(window: Moments) -> Moments:
+    """The moments of a window, (*batch, steps), of which all were computed, without those that are not measured."""
+    steps = window.loss.shape[-1]
+    skipped = torch.tensor([not is_measured(i, steps) for i in range(steps)], device=window.loss.device)
+    names = ("grad_cosine", "momentum_cosine", "update_ratio", "predicted_decrease")
+    return window._replace(**{name: torch.where(skipped, torch.nan, getattr(window, name)) for name in names})
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1)
 

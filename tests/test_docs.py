@@ -11,10 +11,11 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_spec_page_is_the_one_that_the_code_generates():
-    """A table that somebody forgot to generate again would describe observations that are not there."""
-    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"]()
-    assert (ROOT / "docs" / "spec.md").read_text(encoding="utf-8") == page, "run `make docs`"
+@pytest.mark.parametrize("name", ["spec.md", "tasks.md"])
+def test_page_is_the_one_that_the_code_generates(name):
+    """A table that somebody forgot to generate again would describe observations or tasks that are not there."""
+    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"][name]()
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page, "run `make docs`"
 
 
 def test_readme_loop_runs(tmp_path, monkeypatch):
@@ -26,8 +27,12 @@ def test_readme_loop_runs(tmp_path, monkeypatch):
 
 def test_readme_environment_runs(tmp_path):
     """The environment's ids and arguments in the README must exist."""
-    (snippet,) = [s for s in SNIPPETS if "make_vec" in s]
-    exec(compile(snippet.replace("num_envs=256", "num_envs=4"), "README.md", "exec"), {})
+    snippets = [s for s in SNIPPETS if "make_vec" in s]
+    assert len(snippets) == 2
+    for snippet in snippets:
+        names = {}
+        exec(compile(re.sub(r"num_envs=\d+", "num_envs=4", snippet), "README.md", "exec"), names)
+        names["envs"].reset(seed=0)
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

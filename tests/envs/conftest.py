@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from rlsched.envs import SetupDistribution, TeacherStudent
+from rlsched.envs import SetupDistribution
+from rlsched.envs.mixtures import classifier
+from rlsched.envs.sources import TeacherStudent
 
 # Learning rates at which training is stable: at its edge, rounding errors grow until two runs have nothing in common.
 STABLE = {"decisions": (4, 7), "sgd_lr": (1e-4, 3e-3), "adaptive_lr": (1e-4, 3e-3)}
@@ -11,19 +13,11 @@ STABLE = {"decisions": (4, 7), "sgd_lr": (1e-4, 3e-3), "adaptive_lr": (1e-4, 3e-
 
 @pytest.fixture
 def make_task():
-    """A tiny inner task; options of its set-up go by their names."""
+    """A tiny inner task; options of its set-up go by their names. It can be pickled for a worker process."""
 
     def make(hidden=(8,), **setup):
-        return TeacherStudent(
-            inputs=6,
-            hidden=hidden,
-            classes=3,
-            batch_size=8,
-            interval=4,
-            points=(32, 64),
-            validation_points=16,
-            setup=SetupDistribution(**{**STABLE, **setup}),
-        )
+        source = TeacherStudent(inputs=6, classes=3, points=(32, 64), validation_points=16)
+        return classifier(source, hidden, batch_size=8, interval=4, setup=SetupDistribution(**{**STABLE, **setup}))
 
     return make
 

@@ -1,12 +1,15 @@
 """The environment over several processes is the environment in one."""
 
+import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from torch import nn
 
-from rlsched.envs import SchedulingVectorEnv
+from rlsched.envs import FAMILIES, SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv
 
 RUNS = 5
@@ -15,16 +18,17 @@ RUNS = 5
 @pytest.fixture
 def tasks(make_task):
     """Three architectures, so that no shard has a whole number of mixtures."""
-    return [make_task(), make_task(hidden=(5,)), make_task(hidden=())]
+    task = make_task(decisions=(2, 3))
+    return [task, *(replace(FAMILIES[name], setup=task.setup) for name in ("conv-batch-norm", "recurrent"))]
 
 
 def test_processes_give_the_same_episodes(tasks, play):
     """Another number of processes must not mean other episodes; and a mistake must not leave answers behind."""
-    whole = play(SchedulingVectorEnv(RUNS, tasks), seed=2, steps=12)
-    env = ShardedVectorEnv(RUNS, tasks, processes=2)
+    whole = play(SchedulingVectorEnv(RUNS, tasks, reward="best"), seed=2, steps=5)
+    env = ShardedVectorEnv(RUNS, tasks, processes=2, reward="best")
     workers = env._workers
     try:
-        sharded = play(env, seed=2, steps=12)
+        sharded = play(env, seed=2, steps=5)
         with pytest.raises(ValueError, match="shape"):
             env.step(np.zeros((RUNS + 1, 3)))
         with pytest.raises(ValueError, match="non-negative"):  # raised by every worker
@@ -72,6 +76,16 @@ def test_mistake_in_a_worker_is_told_when_it_starts(tasks):
     """An option that only the workers can refuse would otherwise show as a death without a cause."""
     with pytest.raises(TypeError, match="unheard_of"):
         ShardedVectorEnv(2, tasks, processes=1, unheard_of=1)
+
+
+@pytest.mark.parametrize("part", ["network", "loss"])
+def test_task_that_cannot_travel_is_refused(make_task, part):
+    """A message from inside pickle names neither the task nor the remedy; a worker left behind would wait for ever."""
+    before = multiprocessing.active_children()
+    options = {"network": lambda: nn.Linear(6, 3), "loss": lambda outputs, targets: outputs.square().mean()}
+    with pytest.raises(ValueError, match=r"^tasks: .* must be importable, not lambdas; or use one process"):
+        ShardedVectorEnv(4, [make_task(), replace(make_task(), **{part: options[part]})], processes=2)
+    assert multiprocessing.active_children() == before
 
 
 @pytest.mark.parametrize("processes", [0, 3])
