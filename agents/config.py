@@ -8,6 +8,7 @@ from typing import Any
 
 from rlsched.envs.mixtures import mixture
 from rlsched.envs.scheduling import REWARDS
+from rlsched.envs.training import usable_device
 from rlsched.policy import ACTIVATIONS
 
 
@@ -54,6 +55,7 @@ class TrainConfig:
         mixture(self.tasks)
         if self.reward not in REWARDS:
             raise ValueError(f"reward must be one of {REWARDS}, got {self.reward!r}")
+        usable_device(self.device)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {self.activation!r}")
         if not self.hidden or min(self.hidden) < 1:

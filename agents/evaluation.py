@@ -60,10 +60,7 @@ def evaluate(
             path = paths.setdefault(key, [[] for _ in range(env.num_envs)])
             for i in np.flatnonzero(running):
                 path[i].append(float(final[key][i] if done[i] else values[i]))
-        ended = running & done
-        if ended.any():
-            whole = np.isfinite(final["validation_loss"]) & (final["inner_steps"] == final["total_steps"])
-            diverged |= ended & ~whole
+        diverged |= running & (final["diverged"] > 0)
         running &= ~done
     arrays = {key: [np.array(values) for values in path] for key, path in paths.items()}
     return Evaluation(returns, diverged, arrays)

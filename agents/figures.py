@@ -31,7 +31,7 @@ def episode_paths(policy: Evaluation, zero: Evaluation, episodes: int = 4) -> Fi
     )
     for column in range(episodes):
         adaptive = policy.paths["adaptive"][column][0] > 0
-        axes[0][column].set_title(f"episode {column}, {'AdamW' if adaptive else 'SGD'}")
+        axes[0][column].set_title(f"episode {column}, {'adaptive' if adaptive else 'SGD'}")
         axes[-1][column].set_xlabel("inner steps")
         for row, (key, label, scale) in zip(axes[:, column], ROWS, strict=True):
             row.plot(policy.paths["inner_steps"][column], policy.paths[key][column], label="policy")

@@ -3,25 +3,17 @@
 import pytest
 
 from rlsched.agents import TrainConfig
-from rlsched.envs import MIXTURES, SetupDistribution, TeacherStudent
+from rlsched.envs import MIXTURES, SetupDistribution
+from rlsched.envs.mixtures import classifier
+from rlsched.envs.sources import TeacherStudent
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     """The inner tasks of the mixture that is called "tiny" while the test runs."""
-    tasks = tuple(
-        TeacherStudent(
-            inputs=6,
-            hidden=hidden,
-            classes=3,
-            batch_size=8,
-            interval=4,
-            points=(32, 64),
-            validation_points=16,
-            setup=SetupDistribution(decisions=(6, 9), sgd_lr=(1e-4, 1e-1), adaptive_lr=(1e-4, 1e-2)),
-        )
-        for hidden in ((8,), (5,))
-    )
+    source = TeacherStudent(inputs=6, classes=3, points=(32, 64), validation_points=16)
+    setup = SetupDistribution(decisions=(6, 9), sgd_lr=(1e-4, 1e-1), adaptive_lr=(1e-4, 1e-2))
+    tasks = tuple(classifier(source, hidden, batch_size=8, interval=4, setup=setup) for hidden in ((8,), (5,)))
     monkeypatch.setitem(MIXTURES, "tiny", tasks)
     return tasks
 

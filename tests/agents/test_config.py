@@ -23,6 +23,9 @@ from rlsched.agents import PRESETS, TrainConfig
         ({"hidden": ()}, "hidden"),
         ({"hidden": (64, 0)}, "hidden"),
         ({"activation": "gelu"}, "activation"),
+        ({"reward": "loss"}, "reward"),
+        ({"device": "nowhere"}, "device"),
+        ({"device": "meta"}, "device"),
         ({"eval_episodes": 0}, "eval_episodes"),
     ],
 )
@@ -42,4 +45,6 @@ def test_hyperparameters_survive_json():
     """A run is resumed only if its configuration, read back, equals itself."""
     hyperparameters = TrainConfig(run_dir="somewhere", processes=1).hyperparameters()
     assert json.loads(json.dumps(hyperparameters)) == hyperparameters
-    assert hyperparameters == TrainConfig(run_dir="elsewhere", processes=2).hyperparameters()
+    elsewhere = TrainConfig(run_dir="elsewhere", processes=2, device="cpu:0", compile=True)
+    assert hyperparameters == elsewhere.hyperparameters()
+    assert hyperparameters != TrainConfig(reward="training").hyperparameters()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlsched.agents import evaluate, train
 from rlsched.agents.export import export
+from rlsched.envs import SchedulingVectorEnv
 from rlsched.policy import SchedulePolicy
 
 
@@ -169,11 +171,31 @@ def test_resumed_run_meets_new_episodes(make_config, monkeypatch):
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_other_hyperparameters_are_refused(make_config):
-    """Half a run with one configuration and half with another is a run of neither."""
-    train(make_config(decisions=32))
+    """Half a run with one configuration and half with another is a run of neither; another machine is no other run."""
+    policy = train(make_config(decisions=32))
     with pytest.raises(ValueError, match=r"n_epochs \(there 1, now 2\)") as error:
         train(make_config(decisions=32, n_epochs=2))
     assert "seed" not in str(error.value)
+    with pytest.raises(ValueError, match=r"reward \(there 'validation', now 'best'\)"):
+        train(make_config(decisions=32, reward="best"))
+    assert train(make_config(decisions=32, device="cpu:0", processes=2)).digest == policy.digest
+    assert train(make_config(decisions=64, device="cpu:0")).info["training"]["decisions_done"] == 64
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_reward_is_for_training_and_the_validation_loss_for_the_score(make_config, tiny, tmp_path):
+    """Policies that were trained on different rewards could not be compared by scores of different kinds."""
+    policies = {}
+    for reward in ("validation", "training"):
+        config = make_config(run_dir=str(tmp_path / reward), decisions=32, reward=reward)
+        policies[reward] = policy = train(config)
+        assert policy.info["training"]["reward"] == reward
+        again = evaluate(policy, tiny, episodes=config.eval_episodes, seed=config.eval_seed)
+        losses = np.array([path[-1] for path in again.paths["validation_loss"]])
+        first = SchedulingVectorEnv(config.eval_episodes, tiny).reset(seed=config.eval_seed)[1]["validation_loss"]
+        scores = policy.info["evaluation"]
+        assert scores["return"] == pytest.approx(np.log(first / losses).mean(), abs=1e-3)
+    assert policies["validation"].digest != policies["training"].digest
 
 
 @pytest.mark.usefixtures("_no_pictures")
