@@ -81,8 +81,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         autoreset: whether an ended run is followed by a new episode in the same step. Without it, a run that ended
             means nothing until `reset`.
 
-    `reset(seed=s)` seeds run i with s + i and determines everything that follows, whatever `num_envs` is; only the masks
-    of dropout, drawn for all runs of a task at once, are others where their number is another.
+    `reset(seed=s)` seeds run i with s + i and determines everything that follows, whatever `num_envs` is; but the masks of
+    dropout, which are drawn for all runs of a task at once, are others where their number is another.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}

@@ -49,6 +49,8 @@ def test_train_compare_export_work_on_each_others_output(tmp_path, capsys):
         (["train", "--preset", "huge"], "preset"),
         (["train", "--tasks", "imagenet"], "tasks"),
         (["train", "--decisions", "0"], "decisions"),
+        (["train", "--reward", "loss"], "reward"),
+        (["train", "--device", "nowhere"], "device"),
         (["compare", "--policy", "nothing.safetensors"], "nothing.safetensors"),
         (["compare", "--policy", "nobody"], "nobody"),
         (["compare", "--tasks", "imagenet"], "tasks"),

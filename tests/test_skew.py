@@ -16,7 +16,7 @@ from rlsched.envs.sources import Images, TeacherStudent
 from rlsched.envs.tasks import OPTIMIZERS
 from rlsched.signals import OBSERVATIONS
 
-RUNS, SEED, DECISIONS, INTERVAL = 3, 4, 16, 5
+RUNS, SEED, DECISIONS, INTERVAL = 3, 4, 10, 5
 EVERY = dict.fromkeys(OPTIMIZERS, 1)
 
 
@@ -50,6 +50,8 @@ def tasks():
         "SGD without momentum": task(perceptron, teacher, optimizers={"SGD": 1}, no_momentum=1),
         "no loss": task(perceptron, teacher, no_loss=1),
         "small batches": task(perceptron, teacher, batch_size=(4, 16)),
+        # Far too high, so that the safe start has much to do; few decisions, since there rounding errors do grow.
+        "bold": task(perceptron, teacher, decisions=(4, 4), sgd_lr=(1, 10), adaptive_lr=(0.1, 0.3)),
         "convolution": task(convolution, images),
         "batch norm": task(partial(convolution, batch_norm=True), images),
     }
@@ -63,7 +65,7 @@ def test_wrapper_sees_and_decides_what_the_environment_did(task, safe_start):
     observations, _ = env.reset(seed=SEED)
     policy = Recorder(safe_start)
     decided = []
-    for _ in range(DECISIONS):
+    for _ in range(task.setup.decisions[0]):
         actions = policy.act(torch.from_numpy(observations)).numpy()
         observations, _, terminated, _, infos = env.step(actions)
         decided.append(np.stack([infos["lr"], infos["momentum"], infos["clip"]], -1))

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from rlsched.experiments.compare.run import POLICY, RUNS, SCHEDULES, read
+from rlsched.experiments.compare.run import POLICY, RUNS, SCHEDULES
+from rlsched.experiments.records import read
 
 TABLE, PLOT = "table.md", "plot.png"
 COLORS = {POLICY: "tab:red", "cosine": "tab:blue", "linear": "tab:green", "constant": "tab:gray"}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,9 +17,9 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from tqdm import tqdm
 
-import rlsched
 from rlsched import ScheduledOptimizer, SchedulePolicy
 from rlsched.experiments.compare.tasks import TASKS, Data, Task
+from rlsched.experiments.records import provenance, read
 
 RUNS, TENSORBOARD = "runs.jsonl", "tensorboard"
 POLICY = "policy"
@@ -188,37 +186,6 @@ def _batches(task: Task, data: Data, run: Run) -> Iterator[tuple[Tensor, Tensor]
             order = torch.randperm(len(data.labels), generator=generator)
         rows, order = order[: task.batch_size], order[task.batch_size :]
         yield data.inputs[rows], data.labels[rows]
-
-
-def provenance() -> dict[str, str]:
-    """Where a result comes from: versions, commit and machine."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "rlsched": rlsched.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git.stdout.strip(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-    }
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The results in a `runs.jsonl`."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}, is not a result ({error}); delete the line and run again"
-            ) from None
-    return rows
 
 
 def _policy_of(run: Run, policy: SchedulePolicy) -> str | None:

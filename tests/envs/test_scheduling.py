@@ -296,19 +296,22 @@ def test_validations_are_as_rare_and_the_run_as_patient_as_the_task_says(make_ta
 
 def test_validation_is_paid_for_only_where_it_is_due(make_task, monkeypatch):
     """Whoever validates rarely does so because it is dear."""
-    measured, original = [], InnerTraining.validation_loss
+    original, networks = InnerTraining.validation_loss, []
 
     def counted(training, slots=None):
-        measured.append(training.size if slots is None else len(slots))
+        networks.append(training.size if slots is None else len(slots))
         return original(training, slots)
 
     monkeypatch.setattr(InnerTraining, "validation_loss", counted)
-    task = replace(make_task(decisions=(7, 7)), validation_interval=3)
-    env = SchedulingVectorEnv(5, [task], autoreset=False)
+    task = replace(make_task(decisions=(5, 5)), validation_interval=3)
+    env = SchedulingVectorEnv(4, [task])
     env.reset(seed=0)
-    for _ in range(7):
-        env.step(zeros(5))
-    assert measured == [5, 5, 5, 5]  # at the start, after windows 3 and 6, and at the end
+    measured = [sum(networks)]
+    for _ in range(10):
+        env.step(zeros(4))
+        measured.append(sum(networks) - sum(measured))
+    # At the start, after three windows, and at the end, where the next episode starts.
+    assert measured == [4, 0, 0, 4, 0, 8, 0, 0, 4, 0, 8]
 
 
 def test_single_environment_meets_every_task(make_task):

@@ -228,9 +228,9 @@ def test_new_episode_leaves_the_other_networks_alone(make_task, stored):
     training, _ = trained(task, runs=3)
     kept = [tensor.clone() for tensor in everything(training)]
     training.begin([1], [np.random.default_rng(9)])
-    training.first_step([1], control.initial_state(training.settings.momentum[[1]]), 1.0)
+    step = training.first_step([1], control.initial_state(training.settings.momentum[[1]]), 1.0)
     alone, states = begun(task, runs=1, seed=9)
-    alone.first_step([0], states, 1.0)
+    torch.testing.assert_close(step, alone.first_step([0], states, 1.0), rtol=1e-5, atol=1e-6, equal_nan=True)
     for before, now, new in zip(kept, everything(training), everything(alone), strict=True):
         torch.testing.assert_close(now[[0, 2]], before[[0, 2]], rtol=0, atol=0)
         torch.testing.assert_close(now[[1]], new, rtol=1e-5, atol=1e-6)  # nothing is left of the episode before
