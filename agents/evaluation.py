@@ -27,7 +27,7 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     policy: SchedulePolicy,
-    tasks: str | Sequence[InnerTask] = "mlp",
+    tasks: str | InnerTask | Sequence[InnerTask] = "mlp",
     *,
     episodes: int = 192,
     seed: int = 1_000_000,

@@ -81,8 +81,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         autoreset: whether an ended run is followed by a new episode in the same step. Without it, a run that ended
             means nothing until `reset`.
 
-    `reset(seed=s)` seeds run i with s + i and determines everything that follows, whatever `num_envs` is; but the masks of
-    dropout, which are drawn for all runs of a task at once, are others where their number is another.
+    `reset(seed=s)` seeds run i with s + i and determines everything that follows, whatever `num_envs` is; but the masks
+    of dropout, which are drawn for all runs of a task at once, are others where their number is another.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -90,7 +90,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
     def __init__(
         self,
         num_envs: int = 1,
-        tasks: str | Sequence[InnerTask] = "mlp",
+        tasks: str | InnerTask | Sequence[InnerTask] = "mlp",
         *,
         reward: str = "validation",
         safe_start: bool = True,
@@ -181,7 +181,7 @@ class SchedulingEnv(gymnasium.Env[Array, Array]):
 
     metadata: dict[str, Any] = {"render_modes": []}
 
-    def __init__(self, tasks: str | Sequence[InnerTask] = "mlp", **options: Any) -> None:
+    def __init__(self, tasks: str | InnerTask | Sequence[InnerTask] = "mlp", **options: Any) -> None:
         self._tasks, self._options = mixture(tasks), options
         self._batches: dict[int, SchedulingVectorEnv] = {}  # by the number of the task, as they are met
         self._batch = self._batch_of(0)

@@ -42,7 +42,7 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
-        self, num_envs: int, tasks: str | Sequence[InnerTask] = "mlp", *, processes: int = 2, **options: Any
+        self, num_envs: int, tasks: str | InnerTask | Sequence[InnerTask] = "mlp", *, processes: int = 2, **options: Any
     ) -> None:
         self._pipes: list[Connection] = []
         self._workers: list[BaseProcess] = []

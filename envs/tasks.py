@@ -120,7 +120,8 @@ class InnerTask:
         loss: (outputs, targets) -> mean loss of one network on one batch, 0-d, and better positive: the reward is its
             logarithm's drop.
         batch_size: points in a mini-batch; or (smallest, largest), of which each episode has the largest, halved any
-            number of times.
+            number of times. A smaller batch recurs until it is as large as the largest, which is the same for all but
+            dropout (each copy has a mask of its own) and the running variance of batch norm (n / (n − 1) of the largest).
         interval: inner steps in a window.
         setup: how the episodes train.
         validation_interval: windows between two validations. There is one at the start and one at the end of a run.

@@ -329,7 +329,8 @@ class _Data:
         self._source, self._most, self._device = source, source.max_points, device
         self._batch_inputs, self._batch_targets = _pool(0, like.inputs, device), _pool(0, like.targets, device)
         if isinstance(source, Stored):
-            self._inputs, self._targets = source.inputs.to(device), source.targets.to(device)
+            self._inputs = source.inputs.to(device)
+            self._targets = self._inputs if source.targets is source.inputs else source.targets.to(device)
             self._rows = torch.zeros(size, self._most, dtype=torch.int32, device=device)
             self._validation_rows = torch.zeros(size, source.validation_points, dtype=torch.int32, device=device)
             return

@@ -37,9 +37,9 @@ _rounds: Iterator[Row]  # of the one measurement in this process
 
 
 def begin(measurement: Measurement, cache: str) -> Row:
-    """Start the measurement of this process, and return its facts; compiled code goes to the folder `cache`."""
+    """Start the measurement of this process, and return its facts; compiled code goes to a new folder in `cache`."""
     global _rounds
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=cache)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     _rounds = KINDS[measurement.kind](measurement)
