@@ -121,7 +121,8 @@ class InnerTask:
             logarithm's drop.
         batch_size: points in a mini-batch; or (smallest, largest), of which each episode has the largest, halved any
             number of times. A smaller batch recurs until it is as large as the largest, which is the same for all but
-            dropout (each copy has a mask of its own) and the running variance of batch norm (n / (n − 1) of the largest).
+            dropout, where each copy has its own mask, and batch norm's running variance, whose n / (n − 1) is of the
+            largest.
         interval: inner steps in a window.
         setup: how the episodes train.
         validation_interval: windows between two validations. There is one at the start and one at the end of a run.
