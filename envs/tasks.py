@@ -127,7 +127,6 @@ class InnerTask:
         setup: how the episodes train.
         validation_interval: windows between two validations. There is one at the start and one at the end of a run.
         patience: the run ends after so many validations in a row without a new best loss; never by default.
-        name: for messages and tables.
 
     Raises:
         ValueError: a value is out of its range, or inputs and targets differ in length.
@@ -142,7 +141,6 @@ class InnerTask:
     setup: SetupDistribution = field(default_factory=SetupDistribution)
     validation_interval: int = 1
     patience: int | None = None
-    name: str = ""
     source: Source = field(init=False, repr=False)  # what `data` came to
 
     def __post_init__(self) -> None:

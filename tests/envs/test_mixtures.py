@@ -55,7 +55,7 @@ def own_module(tmp_path, monkeypatch):
 from torch import nn, zeros
 from rlsched.envs import InnerTask
 
-TASK = InnerTask(nn.Identity, (zeros(4, 2), zeros(4)), name="mine")
+TASK = InnerTask(nn.Identity, (zeros(4, 2), zeros(4)), batch_size=3)
 TASKS = [TASK, TASK]
 ALIAS = "small"
 EMPTY = ()
@@ -69,8 +69,8 @@ WRONG = ["mlp"]
 
 def test_own_mixture_is_imported(own_module):
     """A user's tasks must be reachable from the command line, where there are only strings."""
-    assert [task.name for task in mixture(f"{own_module}:TASK")] == ["mine"]
-    assert [task.name for task in mixture(f"{own_module}:TASKS")] == ["mine", "mine"]
+    assert [task.batch_size for task in mixture(f"{own_module}:TASK")] == [3]
+    assert [task.batch_size for task in mixture(f"{own_module}:TASKS")] == [3, 3]
     assert mixture(f"{own_module}:ALIAS") is MIXTURES["small"]
 
 
