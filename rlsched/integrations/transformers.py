@@ -1,0 +1,148 @@
+"""Hugging Face Transformers: a callback for `Trainer(callbacks=[...])`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlsched.integrations.common import controller_of, warn
+from rlsched.optimizer import STATE_KEY, Controller, ScheduledOptimizer
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "rlsched.integrations.transformers needs Transformers: pip install 'rlsched[transformers]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class ScheduleCallback(TrainerCallback):
+    """Lets the learned schedule drive a Trainer's optimizer, and reports to it the loss of each training step.
+
+    One line does with the optimizer that the Trainer makes from its arguments::
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[ScheduleCallback()])
+
+    With `optimizers=(ScheduledOptimizer(...), None)` the callback reports the loss and no more.
+
+    The Trainer's own scheduler has no effect, and neither have `lr_scheduler_type` and warm-up; the "learning_rate"
+    in its logs is the schedule's. Checkpoints hold the schedule, and a run resumed from one is bit-equal to one that
+    never stopped.
+
+    The loss is the one that the model returns, as far as it is what the Trainer backpropagates. It is not with
+    `compute_loss_func`, with a `compute_loss` of your own and with label smoothing: call `observe` there.
+
+    Args:
+        options: as for `rlsched.attach`; none of them with a `ScheduledOptimizer`. `total_steps` is the number of
+            steps that the Trainer is going to take unless it is given.
+
+    Attributes:
+        controller: what drives the optimizer, from the start of training on.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.controller: Controller | None = None
+        self._optimizer: Any = None  # the Trainer's, which knows of GradScaler
+        self._losses: list[Tensor] = []  # parts of the loss of the step to come
+        self._last: RemovableHandle | None = None  # of the hook on the loss that was observed last
+        self._handles: list[RemovableHandle] = []
+        self._warned = False
+
+    def observe(self, loss: Tensor) -> None:
+        """Report the loss of a batch before it is backpropagated; of several, the last one counts.
+
+        The gradient that arrives at it is its weight in the loss of the step: one over the number of accumulated
+        batches, or 1 for a loss that is normalized by the number of items in all of them; in both cases times the
+        scale of GradScaler. A loss that no gradient arrives at is not what is trained on, and does not count.
+        """
+        if not loss.requires_grad:
+            return
+        if self._last is not None:
+            self._last.remove()
+        value = loss.detach().clone()  # the Trainer scales some in place
+        self._last = loss.register_hook(lambda weight: self._losses.append(weight.float() * value.float()))
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        **kwargs: Any,
+    ) -> None:
+        self.on_train_end()  # of a training that failed
+        if args.lr_scheduler_type != "linear" or args.get_warmup_steps(state.max_steps) > 0:
+            warn("lr_scheduler_type, warmup_steps and warmup_ratio have no effect on a learned schedule")
+        inner = optimizer.optimizer
+        self._optimizer = optimizer
+        self._handles = [model.register_forward_hook(self._observe_output), inner.register_step_pre_hook(self._report)]
+        self.controller = controller_of(inner, state.max_steps, self.options)
+        if not isinstance(inner, ScheduledOptimizer):
+            self._keep_state_in(inner)
+        if state.global_step > 0 and self.controller.step_count == 0:
+            warn("the checkpoint holds no schedule, so the schedule starts anew")
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._losses = []  # of a step that GradScaler skipped
+
+    def on_optimizer_step(self, *args: Any, optimizer: Optimizer, lr_scheduler: LRScheduler, **kwargs: Any) -> None:
+        # The Trainer logs what its scheduler says.
+        lr_scheduler._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self.controller is not None:
+            self.controller.detach()
+
+    def _keep_state_in(self, optimizer: Optimizer) -> None:
+        """Let the Trainer save the controller's state with the optimizer's, and load what it has restored already.
+
+        The first parameter group is the only place that a plain optimizer's load_state_dict lets through.
+        """
+        controller = self.controller
+        assert controller is not None
+        # The Trainer's scheduler came first, and starts a warm-up at 0.
+        controller.base_lrs = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        restored = optimizer.param_groups[0].pop(STATE_KEY, None)
+        if restored is not None:
+            controller.load_state_dict(restored)
+
+        def add_state(_: Optimizer, state_dict: dict[str, Any]) -> None:
+            state_dict["param_groups"][0][STATE_KEY] = controller.state_dict()
+
+        self._handles.append(optimizer.register_state_dict_post_hook(add_state))
+
+    def _observe_output(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        loss = output.get("loss") if isinstance(output, dict) else output[0]
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.observe(loss)
+
+    def _report(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hand the loss to the optimizer's step."""
+        losses, self._losses = self._losses, []
+        if not losses:
+            if not self._warned:
+                self._warned = True
+                warn(
+                    "the Trainer does not backpropagate the loss that the model returns: call observe(loss) of the "
+                    "ScheduleCallback in your compute_loss or compute_loss_func"
+                )
+            return args, kwargs
+        loss = torch.stack(losses).sum()
+        scaler = self._optimizer.scaler
+        return args, {**kwargs, "loss": loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))}
