@@ -67,6 +67,8 @@ class ScheduleCallback(Callback):
                 "ScheduleCallback cannot tell which loss belongs to which step of manual optimization: return a "
                 "ScheduledOptimizer, and call its observe(loss) before its step()"
             )
+        if trainer.lr_scheduler_configs:
+            warn("lr schedulers of configure_optimizers have no effect on a learned schedule")
         (optimizer,) = trainer.optimizers  # Lightning has seen to it
         total_steps = self.options.get("total_steps", trainer.estimated_stepping_batches)
         if not 0 < total_steps < float("inf"):

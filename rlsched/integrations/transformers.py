@@ -69,7 +69,13 @@ class ScheduleCallback(TrainerCallback):
         if self._last is not None:
             self._last.remove()
         value = loss.detach().clone()  # the Trainer scales some in place
-        self._last = loss.register_hook(lambda weight: self._losses.append(weight.float() * value.float()))
+
+        def add(weight: Tensor) -> None:
+            scaler = self._optimizer.scaler
+            scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(value, dtype=torch.float32))
+            self._losses.append(weight.float() / scale * value.float())
+
+        self._last = loss.register_hook(add)
 
     def on_train_begin(
         self,
@@ -84,12 +90,17 @@ class ScheduleCallback(TrainerCallback):
         self.on_train_end()  # of a training that failed
         if args.lr_scheduler_type != "linear" or args.get_warmup_steps(state.max_steps) > 0:
             warn("lr_scheduler_type, warmup_steps and warmup_ratio have no effect on a learned schedule")
-        inner = optimizer.optimizer
         self._optimizer = optimizer
-        self._handles = [model.register_forward_hook(self._observe_output), inner.register_step_pre_hook(self._report)]
-        self.controller = controller_of(inner, state.max_steps, self.options)
+        inner = optimizer.optimizer
+        hook = inner.register_step_pre_hook(self._report)  # comes before the controller's own hook
+        self._handles = [hook, model.register_forward_hook(self._observe_output)]
+        restored = None
         if not isinstance(inner, ScheduledOptimizer):
-            self._keep_state_in(inner)
+            restored = inner.param_groups[0].pop(STATE_KEY, None)
+            self._handles.append(inner.register_state_dict_post_hook(self._add_state))
+        self.controller = controller_of(inner, state.max_steps, self.options)
+        if restored is not None:
+            self.controller.load_state_dict(restored)
         if state.global_step > 0 and self.controller.step_count == 0:
             warn("the checkpoint holds no schedule, so the schedule starts anew")
 
@@ -107,27 +118,17 @@ class ScheduleCallback(TrainerCallback):
         if self.controller is not None:
             self.controller.detach()
 
-    def _keep_state_in(self, optimizer: Optimizer) -> None:
-        """Let the Trainer save the controller's state with the optimizer's, and load what it has restored already.
-
-        The first parameter group is the only place that a plain optimizer's load_state_dict lets through.
-        """
-        controller = self.controller
-        assert controller is not None
-        # The Trainer's scheduler came first, and starts a warm-up at 0.
-        controller.base_lrs = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
-        restored = optimizer.param_groups[0].pop(STATE_KEY, None)
-        if restored is not None:
-            controller.load_state_dict(restored)
-
-        def add_state(_: Optimizer, state_dict: dict[str, Any]) -> None:
-            state_dict["param_groups"][0][STATE_KEY] = controller.state_dict()
-
-        self._handles.append(optimizer.register_state_dict_post_hook(add_state))
+    def _add_state(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Keep the controller's state in the first group, the one place that load_state_dict lets others use."""
+        assert self.controller is not None
+        state_dict["param_groups"][0][STATE_KEY] = self.controller.state_dict()
 
     def _observe_output(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        loss = output.get("loss") if isinstance(output, dict) else output[0]
-        if isinstance(loss, Tensor) and loss.numel() == 1:
+        if isinstance(output, dict):
+            loss = output.get("loss")
+        else:
+            loss = output[0] if isinstance(output, tuple) else None
+        if isinstance(loss, Tensor) and loss.ndim == 0:
             self.observe(loss)
 
     def _report(
@@ -143,6 +144,4 @@ class ScheduleCallback(TrainerCallback):
                     "ScheduleCallback in your compute_loss or compute_loss_func"
                 )
             return args, kwargs
-        loss = torch.stack(losses).sum()
-        scaler = self._optimizer.scaler
-        return args, {**kwargs, "loss": loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))}
+        return args, {**kwargs, "loss": torch.stack(losses).sum()}

@@ -300,6 +300,24 @@ def test_checkpoint_without_a_schedule_is_warned_about(tmp_path):
         )
 
 
+@BOTH
+def test_lr_scheduler_has_no_effect_and_says_so(wrapped):
+    """A warm-up starts at 0, and would make that the base learning rate of the whole run."""
+
+    class WarmUp(Module):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    module, callback = both(wrapped)
+    module = WarmUp(module.make)
+    with pytest.warns(UserWarning, match="lr schedulers of configure_optimizers have no effect"):
+        fit(module, callback)
+    assert callback.controller.step_count == STEPS
+    assert_same_weights(module.net, loop()[0])
+
+
 def test_skipped_batches_are_no_steps():
     """A training_step that returns None has no loss and no gradient."""
 

@@ -69,12 +69,18 @@ def trainer(
     return trainer_class(net, arguments, train_dataset=rows or data(), **rest)
 
 
+def grad_scaler(enabled=True):
+    """Scales by so much that the first steps overflow, if losses are in the hundreds."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=5, enabled=enabled)
+
+
 @functools.cache
-def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=False):
+def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=False, factor=1.0):
     """The same training without the Trainer; returns the model, and the learning rate and the loss of each step."""
     net, lrs, losses = model(kind), [], []
     rows = data() if kind is Sentences else token_data()
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    scaler = grad_scaler(enabled=factor != 1.0)
     steps = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
     optimizer = scheduled(net.parameters(), EPOCHS * len(steps))
     for micro_batches in EPOCHS * steps:
@@ -84,12 +90,13 @@ def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=Fals
             columns = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 out = net(**columns, num_items_in_batch=items if normalized else None)
-            part = out.loss if normalized else out.loss / len(micro_batches)
-            part.backward()
+            part = factor * (out.loss if normalized else out.loss / len(micro_batches))
+            scaler.scale(part).backward()
             loss += part.detach()
         if max_norm is not None:
             nn.utils.clip_grad_norm_(net.parameters(), max_norm)
-        optimizer.step(loss=loss)
+        scaler.step(optimizer, loss=loss)
+        scaler.update()
         optimizer.zero_grad()
         lrs.append(optimizer.param_groups[0]["lr"])
         losses.append(float(loss))
@@ -160,6 +167,29 @@ def test_bf16(wrapped):
     """Mixed precision would change what is reported."""
     net, _, _ = run(wrapped, bf16=True)
     assert_same_weights(net, loop(bf16=True)[0])
+
+
+@BOTH
+def test_grad_scaler(wrapped):
+    """With fp16 the policy would see scaled losses, and count steps that GradScaler skipped."""
+
+    class Fp16(Trainer):
+        """With the scaler of fp16, which Accelerate has for accelerators only."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = grad_scaler()
+
+        def _get_grad_norm(self, *args, **kwargs):
+            """For the log only; would be that of scaled gradients here."""
+
+        def compute_loss(self, *args, **kwargs):
+            return 1000.0 * super().compute_loss(*args, **kwargs)
+
+    net, callback, it = run(wrapped, trainer_class=Fp16)
+    assert it.accelerator.scaler.get_scale() < 2.0**126
+    assert callback.controller.step_count < STEPS
+    assert_same_weights(net, loop(factor=1000.0)[0])
 
 
 @BOTH
