@@ -109,9 +109,7 @@ class ScheduledOptimizer(Optimizer):
                 loss = closure()
         elif isinstance(self.optimizer, LBFGS):
             raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
-        if loss is not None:
-            self.controller.observe(loss)
-        self.controller.before()
+        self.controller.before(loss)
         if isinstance(self.optimizer, LBFGS):
             self.optimizer.step(closure)
         else:
@@ -181,10 +179,8 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
             with torch.enable_grad():
                 loss = closure()
             kwargs["closure"] = lambda: loss  # evaluated already
-        if loss is not None:
-            controller.observe(loss)
         with torch.no_grad():
-            controller.before()
+            controller.before(loss)
         return (this,), kwargs
 
     @torch.no_grad()
