@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 
 from rlsched.optimizer import Controller, ScheduledOptimizer, attach
@@ -23,10 +22,6 @@ def controller_of(optimizer: Optimizer, total_steps: int, options: dict[str, Any
         ValueError: options are given both to the callback and to a `ScheduledOptimizer`.
     """
     if not isinstance(optimizer, ScheduledOptimizer):
-        for group in optimizer.param_groups:
-            if "initial_lr" in group:  # a torch scheduler came first, and may have begun a warm-up at 0
-                lr = group["initial_lr"]
-                group["lr"] = lr.clone() if isinstance(lr, Tensor) else lr
         return attach(optimizer, **{"total_steps": total_steps, **options})
     if options:
         raise ValueError(f"the optimizer is a ScheduledOptimizer: it takes {', '.join(options)}, not the callback")

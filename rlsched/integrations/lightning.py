@@ -67,10 +67,8 @@ class ScheduleCallback(Callback):
                 "ScheduleCallback cannot tell which loss belongs to which step of manual optimization: return a "
                 "ScheduledOptimizer, and call its observe(loss) before its step()"
             )
-        if trainer.lr_scheduler_configs:
-            warn("lr schedulers of configure_optimizers have no effect on a learned schedule")
         (optimizer,) = trainer.optimizers  # Lightning has seen to it
-        total_steps = self.options.get("total_steps", trainer.estimated_stepping_batches)
+        total_steps = self.options.get("total_steps") or trainer.estimated_stepping_batches
         if not 0 < total_steps < float("inf"):
             raise ValueError(
                 "total_steps: the Trainer does not know how many steps it is going to take; give it max_steps, or "
@@ -95,9 +93,9 @@ class ScheduleCallback(Callback):
         self._losses.append(loss if scaler is None else loss / scaler.scale(torch.ones_like(loss)))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._hook is not None and self.controller is not None:
+        if self._hook is not None:
             self._hook.remove()
-            self._hook = None
+        if self.controller is not None:
             self.controller.detach()
 
     def state_dict(self) -> dict[str, Any]:

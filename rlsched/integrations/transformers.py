@@ -33,9 +33,9 @@ class ScheduleCallback(TrainerCallback):
 
     With `optimizers=(ScheduledOptimizer(...), None)` the callback reports the loss and no more.
 
-    The Trainer's own scheduler has no effect, and neither have `lr_scheduler_type` and warm-up; the "learning_rate"
-    in its logs is the schedule's. Checkpoints hold the schedule, and a run resumed from one is bit-equal to one that
-    never stopped.
+    The Trainer's own scheduler, its warm-up included, has no effect unless `follow_scheduler` is set; the
+    "learning_rate" in its logs is the effective one. Checkpoints hold the schedule, and a run resumed from one is
+    bit-equal to one that never stopped.
 
     The loss is the one that the model returns, as far as it is what the Trainer backpropagates. It is not with
     `compute_loss_func`, with a `compute_loss` of your own and with label smoothing: call `observe` there.
@@ -52,6 +52,7 @@ class ScheduleCallback(TrainerCallback):
         self.options = options
         self.controller: Controller | None = None
         self._optimizer: Any = None  # the Trainer's, which knows of GradScaler
+        self._lrs: list[float] = []  # of the groups, in the last step
         self._losses: list[Tensor] = []  # parts of the loss of the step to come
         self._last: RemovableHandle | None = None  # of the hook on the loss that was observed last
         self._handles: list[RemovableHandle] = []
@@ -88,14 +89,16 @@ class ScheduleCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.on_train_end()  # of a training that failed
-        if args.lr_scheduler_type != "linear" or args.get_warmup_steps(state.max_steps) > 0:
-            warn("lr_scheduler_type, warmup_steps and warmup_ratio have no effect on a learned schedule")
         self._optimizer = optimizer
         inner = optimizer.optimizer
-        hook = inner.register_step_pre_hook(self._report)  # comes before the controller's own hook
-        self._handles = [hook, model.register_forward_hook(self._observe_output)]
+        plain = inner.optimizer if isinstance(inner, ScheduledOptimizer) else inner
+        self._handles = [
+            model.register_forward_hook(self._observe_output),
+            inner.register_step_pre_hook(self._report),  # these come before the controller's own
+            plain.register_step_post_hook(self._keep_lrs),
+        ]
         restored = None
-        if not isinstance(inner, ScheduledOptimizer):
+        if inner is plain:
             restored = inner.param_groups[0].pop(STATE_KEY, None)
             self._handles.append(inner.register_state_dict_post_hook(self._add_state))
         self.controller = controller_of(inner, state.max_steps, self.options)
@@ -107,9 +110,8 @@ class ScheduleCallback(TrainerCallback):
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._losses = []  # of a step that GradScaler skipped
 
-    def on_optimizer_step(self, *args: Any, optimizer: Optimizer, lr_scheduler: LRScheduler, **kwargs: Any) -> None:
-        # The Trainer logs what its scheduler says.
-        lr_scheduler._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
+    def on_optimizer_step(self, *args: Any, lr_scheduler: LRScheduler, **kwargs: Any) -> None:
+        lr_scheduler._last_lr = self._lrs or lr_scheduler._last_lr  # which is what the Trainer logs
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         for handle in self._handles:
@@ -117,6 +119,9 @@ class ScheduleCallback(TrainerCallback):
         self._handles = []
         if self.controller is not None:
             self.controller.detach()
+
+    def _keep_lrs(self, optimizer: Optimizer, *_: Any) -> None:
+        self._lrs = [float(group["lr"]) for group in optimizer.param_groups]
 
     def _add_state(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Keep the controller's state in the first group, the one place that load_state_dict lets others use."""

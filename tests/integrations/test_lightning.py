@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_same_weights, lively_policy, network
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 from rlsched import ScheduledOptimizer
 
@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     # Lightning's own.
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
@@ -68,12 +69,12 @@ class Module(pl.LightningModule):
         self.lrs.append(self.optimizers().param_groups[0]["lr"])
 
 
-def fit(module, *callbacks, ckpt_path=None, logger=False, **options):
+def fit(module, *callbacks, loader=None, ckpt_path=None, logger=False, **options):
     """Fit the module quietly, for three epochs."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     options = {"max_epochs": EPOCHS, "accelerator": "cpu", "logger": logger, **quiet, **options}
     trainer = pl.Trainer(callbacks=list(callbacks), **options)
-    trainer.fit(module, data(), ckpt_path=ckpt_path)
+    trainer.fit(module, loader or data(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -164,13 +165,17 @@ def test_16_mixed_reports_unscaled_losses_and_counts_no_skipped_step(wrapped):
 
 @BOTH
 def test_resumed_run_is_bit_equal(wrapped, tmp_path):
-    """A resume with another learning rate is what users of schedule wrappers complain of most."""
-    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
+    """A resume with another learning rate is what users of schedule wrappers complain of most.
+
+    Step 7 is in the middle of an epoch, where Lightning starts the epoch's data anew, and between two decisions.
+    """
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}")
+    loader = DataLoader(ConcatDataset(BATCHES * [Subset(data().dataset, range(16))]), batch_size=16)
     module, callback = both(wrapped)
-    fit(module, callback, keep, enable_checkpointing=True)
+    fit(module, callback, keep, enable_checkpointing=True, loader=loader)
     resumed, callback = both(wrapped)
-    fit(resumed, callback, keep, enable_checkpointing=True, ckpt_path=tmp_path / f"step={BATCHES}.ckpt")
-    assert resumed.lrs == module.lrs[BATCHES:]
+    fit(resumed, callback, keep, enable_checkpointing=True, loader=loader, ckpt_path=tmp_path / "step=7.ckpt")
+    assert resumed.lrs == module.lrs[7:]
     assert_same_weights(resumed.net, module.net)
 
 
@@ -312,7 +317,7 @@ def test_lr_scheduler_has_no_effect_and_says_so(wrapped):
 
     module, callback = both(wrapped)
     module = WarmUp(module.make)
-    with pytest.warns(UserWarning, match="lr schedulers of configure_optimizers have no effect"):
+    with pytest.warns(UserWarning, match="a torch scheduler, or other code, has changed the learning rate"):
         fit(module, callback)
     assert callback.controller.step_count == STEPS
     assert_same_weights(module.net, loop()[0])

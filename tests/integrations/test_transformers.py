@@ -11,7 +11,7 @@ from rlsched import ScheduledOptimizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from transformers import BertConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers import BertForSequenceClassification as Sentences
 from transformers import BertForTokenClassification as Words
 
@@ -51,9 +51,9 @@ def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0, fused=True)
 
 
-def scheduled(parameters, steps=STEPS):
+def scheduled(parameters, steps=STEPS, **options):
     """The wrapper that a user gives to the Trainer."""
-    return ScheduledOptimizer(adamw(parameters), total_steps=steps, **OPTIONS)
+    return ScheduledOptimizer(adamw(parameters), total_steps=steps, **OPTIONS, **options)
 
 
 def trainer(
@@ -75,14 +75,16 @@ def grad_scaler(enabled=True):
 
 
 @functools.cache
-def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=False, factor=1.0):
+def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=False, factor=1.0, warm_up=0):
     """The same training without the Trainer; returns the model, and the learning rate and the loss of each step."""
     net, lrs, losses = model(kind), [], []
     rows = data() if kind is Sentences else token_data()
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
     scaler = grad_scaler(enabled=factor != 1.0)
     steps = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
-    optimizer = scheduled(net.parameters(), EPOCHS * len(steps))
+    optimizer = scheduled(net.parameters(), EPOCHS * len(steps), follow_scheduler=warm_up > 0)
+    optimizer.optimizer.register_step_post_hook(lambda inner, *_: lrs.append(inner.param_groups[0]["lr"]))
+    scheduler = get_scheduler("linear", optimizer, warm_up, STEPS) if warm_up else None
     for micro_batches in EPOCHS * steps:
         items = sum(int((row["labels"] != -100).sum()) for batch in micro_batches for row in batch)
         loss = 0.0
@@ -98,7 +100,8 @@ def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=Fals
         scaler.step(optimizer, loss=loss)
         scaler.update()
         optimizer.zero_grad()
-        lrs.append(optimizer.param_groups[0]["lr"])
+        if scheduler is not None:
+            scheduler.step()
         losses.append(float(loss))
     return net, lrs, losses
 
@@ -234,10 +237,22 @@ def test_total_steps_come_from_max_steps():
 
 def test_warm_up_has_no_effect_and_says_so():
     """A warm-up starts at 0, and would make that the base learning rate of the whole run."""
-    with pytest.warns(UserWarning, match="warmup_ratio have no effect on a learned schedule"):
+    with pytest.warns(UserWarning, match="which has no effect"):
         net, callback, _ = run(False, warmup_steps=5)
     assert callback.controller.step_count == STEPS
     assert_same_weights(net, loop()[0])
+
+
+def test_warm_up_is_followed_on_demand():
+    """The warm-up that a user insists on would be lost, or the log show it without the policy's part."""
+    net = model()
+    callback = ScheduleCallback(**OPTIONS, follow_scheduler=True)
+    logging = {"logging_strategy": "steps", "logging_steps": 1}
+    it = trainer(net, callback, adamw(net.parameters()), warmup_steps=5, **logging)
+    it.train()
+    expected, lrs, _ = loop(warm_up=5)
+    assert learning_rates(it) == lrs
+    assert_same_weights(net, expected)
 
 
 def test_loss_that_the_model_does_not_return_is_missed():
@@ -341,12 +356,14 @@ def test_options_belong_to_the_wrapper():
         trainer(net, ScheduleCallback(policy="default"), scheduled(net.parameters())).train()
 
 
+@pytest.mark.filterwarnings("ignore:rlsched. a torch scheduler")  # true, and beside the point
 def test_wrapper_of_another_length_is_warned_about():
     """A stale total_steps would cut the schedule short, or never let it end."""
     with pytest.warns(UserWarning, match="total_steps=60, but training is going to take 20 steps"):
         run(True, steps=60)
 
 
+@pytest.mark.filterwarnings("ignore:rlsched. a torch scheduler")  # true, and beside the point
 def test_checkpoint_without_a_schedule_is_warned_about(tmp_path):
     """A run that was begun without the callback would start its schedule anew in the middle, unsaid."""
     saving = {"folder": tmp_path, "save_strategy": "steps", "save_steps": 7}
