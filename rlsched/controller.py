@@ -48,6 +48,7 @@ class Controller:
         controls: Sequence[str] = CONTROL_NAMES,
         decisions: int = 100,
         max_grad_norm: float | None = None,
+        follow_scheduler: bool = False,
         log_dir: str | Path | None = None,
         writer: SummaryWriter | None = None,
     ) -> None:
@@ -72,6 +73,7 @@ class Controller:
         self.policy = policy
         self.controls = tuple(name for name in CONTROL_NAMES if name in controls)
         self.max_grad_norm = max_grad_norm
+        self.follow_scheduler = follow_scheduler
         self.log = RunLog(log_dir, writer)
 
         self.step_count = 0  # inner steps done
@@ -84,6 +86,7 @@ class Controller:
         self.base_momenta: list[float] = []  # NaN where a group has none
         self._factors: list[float] = []  # on the fallback lr of each group, until the next decision
         self._momenta: list[float] = []
+        self._lrs: list[Any] = []  # of each group: as it was set last, or as a scheduler that is followed wants it
         for group in optimizer.param_groups:
             self._adopt(group)
         self.base_state = control.initial_state(_host(self._first_momentum()))
@@ -103,6 +106,7 @@ class Controller:
         self._record: Tensor | None = None  # row of the window, of a step that is under way
         self._measured = False  # whether that step's direction and update are
         self._handles: list[RemovableHandle] = []
+        self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._apply()
 
     # --- What a training loop calls ---------------------------------------------------------------------------------
@@ -174,6 +178,10 @@ class Controller:
                 self._sample.finish(self._record)
             self._record = None
             self.step_count += 1
+            for i, group in enumerate(self.optimizer.param_groups):
+                if self.follow_scheduler:  # some schedulers go on from what they find
+                    _set_lr(group, self._lrs[i])
+            self._lrs = [group["lr"] for group in self.optimizer.param_groups]
         if self.step_count == self.total_steps:
             self.log.close()
 
@@ -205,7 +213,7 @@ class Controller:
             where = torch.device("cpu") if name in ("control_state", "base_state") else device
             setattr(self, name, None if value is None else value.clone().to(where))
         self.history = History(*state_dict[HISTORY].cpu().unbind())
-        self._losses = []
+        self._losses, self._lrs = [], []
         self._apply()
 
     @property
@@ -233,6 +241,8 @@ class Controller:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
         for handle in self._handles:
             handle.remove()
+        if self._handles and self._scales_by_itself:
+            self.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         self._handles = []
 
     # --- Deciding ---------------------------------------------------------------------------------------------------
@@ -288,11 +298,12 @@ class Controller:
         scalars = {f"observation/{n}": v for n, v in zip(OBSERVATION_NAMES, observation.tolist(), strict=True)}
         scalars |= {f"action/{n}": v for n, v in zip(CONTROL_NAMES, action.tolist(), strict=True)}
         factor = control.fallback_schedule(float(self.step_count), float(self.total_steps))
+        fallback = float(self.optimizer.param_groups[0]["lr"]) if self.follow_scheduler else self.base_lrs[0] * factor
         scalars |= {
             "rlsched/loss": float(window.loss.nanmean()),
             "rlsched/grad_norm": float(window.grad_norm.nanmean()),
-            "rlsched/lr": self.base_lrs[0] * factor * self._factors[0],
-            "rlsched/fallback_lr": self.base_lrs[0] * factor,
+            "rlsched/lr": fallback * self._factors[0],
+            "rlsched/fallback_lr": fallback,
             "rlsched/momentum": self._momenta[0],
             "rlsched/clip_multiple": self._multiple,
         }
@@ -305,7 +316,8 @@ class Controller:
 
     def _adopt(self, group: dict[str, Any]) -> None:
         """Take the present hyperparameters of a parameter group for its base values."""
-        self.base_lrs.append(float(group["lr"]))
+        # A torch scheduler that came first may have begun a warm-up at 0.
+        self.base_lrs.append(float(group.get("initial_lr", group["lr"])))
         betas = group.get("betas")
         self.base_momenta.append(float(betas[0] if betas else group.get("momentum", math.nan)))
 
@@ -345,17 +357,30 @@ class Controller:
             )
         step = min(self.step_count, self.total_steps - 1)
         fallback = control.fallback_schedule(float(step), float(self.total_steps))
+        self._heed_changes(fallback)
         for i, group in enumerate(self.optimizer.param_groups):
-            lr = self.base_lrs[i] * fallback * self._factors[i]
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            lr = self._lrs[i] if self.follow_scheduler else self.base_lrs[i] * fallback
+            _set_lr(group, lr * self._factors[i])
             if self._moves_momentum:
                 if "betas" in group:
                     group["betas"] = (self._momenta[i], *group["betas"][1:])
                 elif "momentum" in group:
                     group["momentum"] = self._momenta[i]
+
+    def _heed_changes(self, fallback: float) -> None:
+        """Keep the learning rates of a scheduler that is followed; warn of one that has changed them in vain."""
+        groups = self.optimizer.param_groups
+        if self.follow_scheduler:
+            self._lrs = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+            return
+        for group, ours, base in zip(groups, self._lrs, self.base_lrs, strict=False):
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) and not any(math.isclose(lr, x) for x in (ours, base, base * fallback)):
+                self._warn(
+                    "scheduler",
+                    "a torch scheduler, or other code, has changed the learning rate, which has no effect: take it "
+                    "away, or let the policy modulate it by follow_scheduler=True",
+                )
 
     def _clip(self, grads: list[Tensor], norm: Any, finite: Any) -> Tensor | float:
         """Scale the gradients down to what the clip control and `max_grad_norm` allow, and return the factor."""
@@ -409,6 +434,13 @@ class Controller:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"rlsched: {message}", stacklevel=4)
+
+
+def _set_lr(group: dict[str, Any], lr: Any) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def _mean(losses: list[Tensor | float], ranks: int, device: torch.device) -> Tensor | float:

@@ -409,20 +409,79 @@ def test_step_hooks_are_called():
     assert called == ["before", "after"]
 
 
-def test_a_scheduler_of_torch_can_be_built_on_it():
-    """Frameworks build a scheduler around every optimizer, wanted or not; the learned schedule prevails."""
-    model, alone = network(), network()
-    optimizer = ScheduledOptimizer(OPTIMIZERS["Adam"](model.parameters()), total_steps=9, policy=lively_policy())
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
-    for step in range(9):
+def run_under_scheduler(schedule, scheduled_first=False, **options):
+    """Train with a torch scheduler that is stepped after each step; returns the model and the lr of each step."""
+    model = network()
+    inner = OPTIMIZERS["Adam"](model.parameters())
+    scheduler = schedule(inner) if schedule and scheduled_first else None
+    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, **{"policy": lively_policy(), **options})
+    scheduler = schedule(optimizer) if schedule and not scheduled_first else scheduler
+    lrs = []
+    inner.register_step_pre_hook(lambda *_: lrs.append(float(inner.param_groups[0]["lr"])))
+    for step in range(STEPS):
         train(model, optimizer, [step])
-        scheduler.step()
-    train(
-        alone,
-        ScheduledOptimizer(OPTIMIZERS["Adam"](alone.parameters()), total_steps=9, policy=lively_policy()),
-        range(9),
-    )
+        if scheduler is not None:
+            scheduler.step()
+    return model, lrs
+
+
+def warm_up(optimizer):
+    """Ten steps up from zero, then a cosine down to zero: a recursive scheduler after one in closed form."""
+    up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: n / 10)
+    down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - 10)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [up, down], milestones=[10])
+
+
+HARMLESS = {
+    "constant": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda _: 1.0),
+    "the fallback schedule": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: 1 - n / STEPS),
+}
+
+
+@pytest.mark.parametrize("schedule", HARMLESS.values(), ids=HARMLESS)
+def test_schedulers_that_frameworks_build_do_no_harm(schedule):
+    """Frameworks build a scheduler around every optimizer, wanted or not; the learned schedule prevails."""
+    model, lrs = run_under_scheduler(schedule)
+    alone, expected = run_under_scheduler(None)
+    assert lrs == expected
     assert_same_weights(model, alone)
+
+
+@pytest.mark.parametrize("scheduled_first", [False, True])
+def test_scheduler_by_mistake_is_warned_of(scheduled_first):
+    """A user would tune a warm-up that never happens; or train at zero, if it had begun before."""
+    with pytest.warns(UserWarning, match=r"scheduler.*has no effect.*follow_scheduler=True") as caught:
+        model, lrs = run_under_scheduler(warm_up, scheduled_first)
+    assert len(caught) == 1
+    alone, expected = run_under_scheduler(None)
+    assert lrs == pytest.approx(expected, rel=1e-12)
+    assert_same_weights(model, alone)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("scheduled_first", [False, True])
+def test_scheduler_on_purpose_is_modulated(scheduled_first, tensor_lr):
+    """A warm-up would be lost; or, left with a learning rate that it did not set, a scheduler would compound it."""
+
+    def make(optimizer):
+        if tensor_lr:
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+        return warm_up(optimizer)
+
+    plain = torch.optim.Adam(network().parameters(), 0.01)
+    scheduler, expected = warm_up(plain), []
+    for _ in range(STEPS):
+        expected.append(plain.param_groups[0]["lr"])
+        plain.step()
+        scheduler.step()
+    _, lrs = run_under_scheduler(make, scheduled_first, follow_scheduler=True, policy=SchedulePolicy.zero())
+    assert lrs == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    _, lrs = run_under_scheduler(make, scheduled_first, follow_scheduler=True, policy=always(lr=1.0), decisions=4)
+    offsets = [0.0] + [0.7] * 10 + [0.95] * 10 + [1.2] * 10 + [1.45] * 9
+    assert lrs == pytest.approx(
+        [lr * math.exp(c) for lr, c in zip(expected, offsets, strict=True)], rel=1e-5, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("fused", [False, True])
