@@ -52,7 +52,7 @@ class ScheduleCallback(TrainerCallback):
         self.options = options
         self.controller: Controller | None = None
         self._optimizer: Any = None  # the Trainer's, which knows of GradScaler
-        self._lrs: list[float] = []  # of the groups, in the last step
+        self._lrs: list[float | Tensor] = []  # of the groups, in the last step
         self._losses: list[Tensor] = []  # parts of the loss of the step to come
         self._last: RemovableHandle | None = None  # of the hook on the loss that was observed last
         self._handles: list[RemovableHandle] = []
@@ -89,7 +89,7 @@ class ScheduleCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.on_train_end()  # of a training that failed
-        self._optimizer = optimizer
+        self._optimizer, self._lrs = optimizer, []
         inner = optimizer.optimizer
         plain = inner.optimizer if isinstance(inner, ScheduledOptimizer) else inner
         self._handles = [
@@ -111,7 +111,8 @@ class ScheduleCallback(TrainerCallback):
         self._losses = []  # of a step that GradScaler skipped
 
     def on_optimizer_step(self, *args: Any, lr_scheduler: LRScheduler, **kwargs: Any) -> None:
-        lr_scheduler._last_lr = self._lrs or lr_scheduler._last_lr  # which is what the Trainer logs
+        if self._lrs:
+            lr_scheduler._last_lr = list(self._lrs)  # which is what the Trainer logs
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         for handle in self._handles:
