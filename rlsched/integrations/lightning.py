@@ -35,7 +35,8 @@ class ScheduleCallback(Callback):
     Where it returns a `ScheduledOptimizer`, the callback reports the loss and no more. Lightning's own closure would
     report it too, but with `accumulate_grad_batches` only that of the last batch, divided, and none with "16-mixed".
 
-    Checkpoints hold the schedule, and a run resumed from one is bit-equal to one that never stopped.
+    Checkpoints hold the schedule, and a run resumed from one is bit-equal to one that never stopped, if Lightning
+    goes on with the same data: in the middle of an epoch it does so only with a DataLoader that has a state.
 
     Args:
         options: as for `rlsched.attach`; none of them with a `ScheduledOptimizer`. `total_steps` is the Trainer's

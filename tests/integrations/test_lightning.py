@@ -120,6 +120,13 @@ def test_training_is_that_of_a_plain_loop(wrapped):
     assert callback.controller.step_count == STEPS
 
 
+def test_wrapper_without_the_callback_takes_the_closures_loss():
+    """Without accumulation and fp16 nothing but the wrapper is needed."""
+    module = Module(scheduled)
+    fit(module)
+    assert_same_weights(module.net, loop()[0])
+
+
 def test_accumulated_batches_are_one_step_with_their_mean_loss():
     """The policy would see a fifth of the loss of the last batch, and its time run five times too fast."""
     for make, options in ((adamw, OPTIONS), (lambda p: scheduled(p, STEPS // 5), {})):
