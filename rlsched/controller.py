@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 ADAPTIVE = {"RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"}  # beside all optimizers with `betas`
-AVERAGING = {"Muon"}  # optimizers whose `momentum` averages gradients; torch's others sum them
+# Optimizers whose `momentum` averages gradients, or weights; torch's others sum gradients.
+AVERAGING = {"Muon", "SGDScheduleFree", "SGDScheduleFreeReference"}
 BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their momentum
 NEVER = -1  # the next decision, after the last one
 

@@ -116,7 +116,7 @@ class ScheduledOptimizer(Optimizer):
         if closure is None:
             self.optimizer.step()
         else:
-            self.optimizer.step(_evaluated_once(closure, loss))
+            self.optimizer.step(_evaluated_once(closure, loss, self.optimizer))
         self.controller.after()
         return loss
 
@@ -189,7 +189,7 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            kwargs["closure"] = _evaluated_once(closure, loss)
+            kwargs["closure"] = _evaluated_once(closure, loss, optimizer)
         with torch.no_grad():
             controller.before(loss)
         return (this,), kwargs
@@ -204,7 +204,14 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
     return controller
 
 
-def _evaluated_once(closure: Callable[[], Any], loss: Any) -> Callable[[], Any]:
-    """The closure for an optimizer that calls it first of all, where it was evaluated already and gave `loss`."""
-    known = [loss]
-    return lambda: known.pop() if known else closure()
+def _evaluated_once(closure: Callable[[], Any], loss: Any, optimizer: Optimizer) -> Callable[[], Any]:
+    """The closure for an optimizer, where it was evaluated already and gave `loss`.
+
+    Most optimizers evaluate it first of all, which is not needed again. Some (SAM) move the weights before that.
+    """
+
+    def state() -> list[tuple[int, int]]:
+        return [(p._version, id(p.grad)) for group in optimizer.param_groups for p in group["params"]]
+
+    known: list[Any] = [state()]
+    return lambda: loss if known and known.pop() == state() else closure()

@@ -484,41 +484,6 @@ def test_scheduler_on_purpose_is_modulated(scheduled_first, tensor_lr):
     )
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("face", [ScheduledOptimizer, attach])
-def test_steps_that_grad_scaler_skips_do_not_count(face, fused):
-    """Mixed precision overflows as a matter of course; taken for divergence, it would cut the learning rate.
-
-    The scale is a power of two, so that scaled training is bit-equal to training without a scaler.
-    """
-
-    def run(scaler):
-        model = network()
-        inner = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
-        driver = face(inner, total_steps=STEPS, policy=lively_policy())
-        optimizer = inner if face is attach else driver
-        controller = driver if face is attach else driver.controller
-        for step in range(STEPS):
-            optimizer.zero_grad()
-            loss = loss_at(model, step)
-            if scaler:
-                scaler.scale(loss).backward()
-                scaler.step(optimizer, loss=loss)
-                scaler.update()
-                if step % 7 == 0:
-                    optimizer.zero_grad()
-                    scaler.scale(loss_at(model, step) * math.inf).backward()
-                    scaler.step(optimizer, loss=math.inf)
-                    scaler.update()
-            else:
-                loss.backward()
-                optimizer.step(loss=loss)
-        assert controller.step_count == STEPS
-        return model
-
-    assert_same_weights(run(torch.amp.GradScaler("cpu", init_scale=2.0**16)), run(None))
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_default_dtype_is_the_users_own_business(dtype):
     """Under another default dtype the policy would meet observations that its weights cannot be multiplied with."""

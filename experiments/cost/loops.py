@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
 from types import FunctionType, ModuleType
@@ -102,7 +103,7 @@ def loop(name: str, network: Network, optimizer: str) -> Step:
     torch.manual_seed(0)
     model = network.make()
     inputs, labels = network.inputs(network.batch_size), torch.randint(CLASSES, (network.batch_size,))
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     total_steps = window(name) * DECISIONS
     inner: Any = _other(name, optimizer, parameters) or OPTIMIZERS[optimizer](parameters)
     is_scheduled, scheduler = name in WINDOWS or name == UNMEASURED, None
@@ -130,25 +131,20 @@ def loop(name: str, network: Network, optimizer: str) -> Step:
 
 
 def _other(name: str, optimizer: str, parameters: list[Tensor]) -> Any:
+    """An optimizer of another package, ready to train; None for the loops that have none."""
     if name == SCHEDULE_FREE:
-        import schedulefree
-
-        kind = {"AdamW": schedulefree.AdamWScheduleFree, "SGD": schedulefree.SGDScheduleFree}[optimizer]
-        made = kind(parameters)
+        made = getattr(import_module(name), f"{optimizer}ScheduleFree")(parameters)
         made.train()
         return made
-    if name == PRODIGY:
-        from prodigyopt import Prodigy
-
-        return Prodigy(parameters)
-    return None
+    return import_module(name).Prodigy(parameters) if name == PRODIGY else None
 
 
 def memory(step: Step) -> int:
     """Bytes of the tensors that a loop keeps: weights, gradients, the state of its optimizer, what is measured."""
     step()
     seen: set[int] = set()
-    reached, todo = {}, list(step.__closure__ or ())
+    reached: dict[int, int] = {}  # address of a storage -> its bytes
+    todo: list[Any] = list(getattr(step, "__closure__", None) or ())
     while todo:  # all that the loop refers to; a module or a class is not its own
         item = todo.pop()
         if id(item) in seen or isinstance(item, type | ModuleType | FunctionType):
