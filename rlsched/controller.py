@@ -153,9 +153,14 @@ class Controller:
         self._record = record = self.window[column % self.interval]
         # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
         loss, norm = _mean(losses, self._ranks, record.device), _total_norm(grads)
-        finite = (loss + norm).isfinite() if isinstance(norm, Tensor) else math.isfinite(loss + norm)
+        cells: Any = record
+        finite: Tensor | bool
+        if isinstance(norm, Tensor):
+            finite = (loss + norm).isfinite()
+        else:
+            loss, cells = float(loss), record.numpy()
+            finite = math.isfinite(loss + norm)
         safety.zero_unless(finite, grads)
-        cells = record.numpy() if safety.on_host(record) else record
         cells[sampling.LOSS], cells[sampling.GRAD_NORM] = loss, norm
 
         measures = self.next_decision != NEVER  # nobody looks at the last window
@@ -458,7 +463,7 @@ def _mean(losses: list[Tensor | float], ranks: int, device: torch.device) -> Ten
     if ranks > 1:
         torch.distributed.all_reduce(mean)
         mean /= ranks
-    return float(mean) if safety.on_host(mean) else mean
+    return mean
 
 
 def _world_size() -> int:
