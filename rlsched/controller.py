@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched import control, moments, safety, signals
+from rlsched import control, moments, safety, sampling, signals
 from rlsched.control import CLIP, CONTROL_NAMES, LR, MOMENTUM
 from rlsched.moments import Moments
 from rlsched.policy import SchedulePolicy
+from rlsched.sampling import Sample
 from rlsched.signals import OBSERVATION_NAMES, History, Run
 from rlsched.tensorboard import RunLog
 
@@ -23,16 +24,16 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from torch.utils.tensorboard.writer import SummaryWriter
 
-SAMPLE = 2**16  # parameters on which directions and updates are measured; a smaller network is measured whole
 ADAPTIVE = {"RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"}  # beside all optimizers with `betas`
-AVERAGING = {"Muon"}  # optimizers whose `momentum` averages gradients; torch's others sum them
+# Optimizers whose `momentum` averages gradients, or weights; torch's others sum gradients.
+AVERAGING = {"Muon", "SGDScheduleFree", "SGDScheduleFreeReference"}
 BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their momentum
 NEVER = -1  # the next decision, after the last one
 
 # Keys of a controller's state_dict.
 PER_GROUP = ("base_lrs", "base_momenta")
 SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped")
-TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad", "nonfinite")
+TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
 HISTORY, TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "history", "total_steps", "interval", "controls", "policy"
 
 
@@ -48,6 +49,7 @@ class Controller:
         controls: Sequence[str] = CONTROL_NAMES,
         decisions: int = 100,
         max_grad_norm: float | None = None,
+        follow_scheduler: bool = False,
         log_dir: str | Path | None = None,
         writer: SummaryWriter | None = None,
     ) -> None:
@@ -72,46 +74,61 @@ class Controller:
         self.policy = policy
         self.controls = tuple(name for name in CONTROL_NAMES if name in controls)
         self.max_grad_norm = max_grad_norm
+        self.follow_scheduler = follow_scheduler
         self.log = RunLog(log_dir, writer)
 
-        self.base_lrs: list[float] = []
-        self.base_momenta: list[float] = []  # NaN where a group has none
-        self._adopt_new_groups()
         self.step_count = 0  # inner steps done
         self.skipped = 0  # calls of step without any gradient
         self.window_start, self.window_length = 0, 1  # the first step is a window of its own
         self.next_decision = 1 if total_steps > 1 else NEVER
         self.average_norm: Tensor | None = None  # 0-d, on the parameters' device, like all that is measured
-        self.window: Tensor | None = None  # (fields of Moments, interval)
-        self.last_grad: Tensor | None = None  # (sample,)
-        self.nonfinite: Tensor | None = None  # 0-d, inner steps of this window that were not finite
+        self.window: Tensor | None = None  # (interval, columns of `sampling`)
+        self.base_lrs: list[float] = []
+        self.base_momenta: list[float] = []  # NaN where a group has none
+        self._factors: list[float] = []  # on the fallback lr of each group, until the next decision
+        self._momenta: list[float] = []
+        self._lrs: list[Any] = []  # of each group: as it was set last, or as a scheduler that is followed wants it
+        for group in optimizer.param_groups:
+            self._adopt(group)
         self.base_state = control.initial_state(_host(self._first_momentum()))
         self.control_state = self.base_state.clone()
         self.history = signals.start(device=self.base_state.device)
         self._mask = _host([float(name in self.controls) for name in CONTROL_NAMES])
-        if math.isnan(self.base_momenta[0]) or self.base_momenta[0] == 0:
+        if self._first_momentum() == 0:
             self._mask[MOMENTUM] = 0
-        self._losses: list[Tensor] = []
+        self._moves_momentum = bool(self._mask[MOMENTUM])
+        adaptive = self._is_one_of(ADAPTIVE) or "betas" in optimizer.param_groups[0]
+        self._run = Run(*(_host(float(x)) for x in (total_steps, self.interval, 1 if adaptive else -1)))
+        self._sample: Sample | None = None
+        self._last_grad: Tensor | None = None  # of a sample that is yet to be made
+        self._losses: list[Tensor | float] = []
         self._loss_was_reported = False
         self._warned: set[str] = set()
-        self._step: _Step | None = None
+        self._record: Tensor | None = None  # row of the window, of a step that is under way
+        self._measured = False  # whether that step's direction and update are
         self._handles: list[RemovableHandle] = []
+        self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._apply()
 
     # --- What a training loop calls ---------------------------------------------------------------------------------
 
     def observe(self, loss: Tensor | float) -> None:
         """Report the loss of the step to come: once, or once per micro-batch (the step then sees their mean)."""
         if not isinstance(loss, Tensor):
-            device = next(iter(self._parameters())).device
-            loss = torch.full((), float(loss), dtype=torch.float32, device=device)  # does not wait, as a copy would
-        if loss.numel() != 1:
+            loss = float(loss)
+        elif loss.numel() != 1:
             raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}")
-        self._losses.append(loss.detach().reshape(()).float())
+        else:
+            loss = loss.item() if safety.on_host(loss) else loss.detach().reshape(())
+        self._losses.append(loss)
 
-    def before(self) -> None:
+    @torch.compiler.disable
+    def before(self, loss: Tensor | float | None = None) -> None:
         """Measure the gradients, clip them, and set the hyperparameters of the step to come."""
-        self._adopt_new_groups()
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        if loss is not None:
+            self.observe(loss)
+        parameters = self._parameters()
+        grads = [p.grad for p in parameters if p.grad is not None]
         losses, self._losses = self._losses, []
         if not grads:
             self.skipped += 1
@@ -119,25 +136,58 @@ class Controller:
             return
         if any(grad.is_sparse for grad in grads):
             raise ValueError("optimizer: sparse gradients are not supported; use Embedding(..., sparse=False)")
-        device = grads[0].device
-        loss = _mean_over_ranks(torch.stack([x.to(device) for x in losses]).mean()) if losses else None
-        self._loss_was_reported |= loss is not None
-        if self.window is None:
-            like: dict[str, Any] = {"dtype": torch.float32, "device": device}
-            self.window = torch.full((len(Moments._fields), self.interval), torch.nan, **like)
-            self.average_norm = torch.tensor(torch.nan, **like)
-            self.nonfinite = torch.tensor(0.0, **like)
+        if self.window is None or self.average_norm is None:
+            like: dict[str, Any] = {"dtype": torch.float32, "device": grads[0].device}
+            self.window = torch.full((self.interval, sampling.COLUMNS), torch.nan, **like)
+            self.average_norm = torch.full((), torch.nan, **like)
+        if len(self.optimizer.param_groups) > len(self.base_lrs):
+            for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+                self._adopt(group)
+            self._apply()
+        self._loss_was_reported |= bool(losses)
         if self.step_count == self.next_decision:
             self._decide()
         self._set_hyperparameters()
-        self._step = _Step(self, grads, loss)
 
+        column = self.step_count - self.window_start
+        self._record = record = self.window[column % self.interval]
+        # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
+        loss, norm = _mean(losses, self._ranks, record.device), _total_norm(grads)
+        cells: Any = record
+        finite: Tensor | bool
+        if isinstance(norm, Tensor):
+            finite = (loss + norm).isfinite()
+        else:
+            loss, cells = float(loss), record.numpy()
+            finite = math.isfinite(loss + norm)
+        safety.zero_unless(finite, grads)
+        cells[sampling.LOSS], cells[sampling.GRAD_NORM] = loss, norm
+
+        measures = self.next_decision != NEVER  # nobody looks at the last window
+        self._measured = measures and moments.is_measured(column, self.window_length)
+        if measures and moments.is_measured(column + 1, self.window_length):
+            if self._sample is None or not self._sample.is_of(parameters):
+                self._sample = Sample(parameters, self.last_grad)
+            self._sample.take_grad()
+            if self._measured:
+                if self._first_momentum() > 0:
+                    self._sample.take_momentum(self._momentum_of(self._sample.chosen))
+                self._sample.take_weights()
+        if self._clips:
+            cells[sampling.CLIP] = self._clip(grads, norm, finite)
+
+    @torch.compiler.disable
     def after(self) -> None:
         """Measure what the step did to the weights. Call after each step that `before` preceded."""
-        if self._step is not None:
-            self._step.finish(self)
-            self._step = None
+        if self._record is not None:
+            if self._measured and self._sample is not None:
+                self._sample.finish(self._record)
+            self._record = None
             self.step_count += 1
+            for i, group in enumerate(self.optimizer.param_groups):
+                if self.follow_scheduler:  # some schedulers go on from what they find
+                    _set_lr(group, self._lrs[i])
+            self._lrs = [group["lr"] for group in self.optimizer.param_groups]
         if self.step_count == self.total_steps:
             self.log.close()
 
@@ -160,7 +210,7 @@ class Controller:
         for name, value in self._identity().items():
             if state_dict[name] != value:
                 raise ValueError(f"state_dict is of a run with {name}={state_dict[name]!r}, this one has {value!r}")
-        device = next(iter(self._parameters())).device
+        device = self._parameters()[0].device
         for name in (*PER_GROUP, *SCALARS):
             value = state_dict[name]
             setattr(self, name, list(value) if name in PER_GROUP else value)
@@ -169,7 +219,17 @@ class Controller:
             where = torch.device("cpu") if name in ("control_state", "base_state") else device
             setattr(self, name, None if value is None else value.clone().to(where))
         self.history = History(*state_dict[HISTORY].cpu().unbind())
-        self._losses = []
+        self._losses, self._lrs = [], []
+        self._apply()
+
+    @property
+    def last_grad(self) -> Tensor | None:
+        """The sample of the gradient that the next one is compared with."""
+        return self._last_grad if self._sample is None else self._sample.last_grad
+
+    @last_grad.setter
+    def last_grad(self, value: Tensor | None) -> None:
+        self._last_grad, self._sample = value, None
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other was."""
@@ -181,51 +241,61 @@ class Controller:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": []}
+        return {**self.__dict__, "_handles": [], "_sample": None, "_last_grad": self.last_grad}
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
         for handle in self._handles:
             handle.remove()
+        if self._handles and self._scales_by_itself:
+            self.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         self._handles = []
 
     # --- Deciding ---------------------------------------------------------------------------------------------------
 
     def _decide(self) -> None:
-        assert self.window is not None and self.nonfinite is not None
+        assert self.window is not None and self.average_norm is not None
         # The only place where the host waits for an accelerator.
-        read = torch.cat([self.window[:, : self.window_length].flatten(), self.nonfinite.reshape(1)]).cpu()
-        window = Moments(*read[:-1].view(len(Moments._fields), -1))
+        window, average = sampling.moments_of(self.window[: self.window_length].cpu()), float(self.average_norm)
+        if self._first_momentum() == 0:  # there is only the last gradient to agree with
+            window = window._replace(momentum_cosine=window.grad_cosine)
+        norms = [norm for norm in window.grad_norm.tolist() if not math.isnan(norm)]
+        nonfinite = self.window_length - len(norms)
+        if not self._clips:  # else it was kept up with, step by step
+            for norm in norms:
+                average = moments.average_norm(average, norm)
+            self.average_norm.fill_(average)
         if not self._loss_was_reported:
             self._warn(
                 "no loss",
                 "no loss was reported, so the schedule follows the gradients alone: pass step(loss=loss) or a closure",
             )
         step = _host(float(self.step_count))
-        acts = bool(self._mask.any())
         if self.step_count == 1 and self._probes():
             growth = _host(1 / (1 - self._first_momentum()) if self._sums_gradients() else 1.0)
             self.control_state = control.safe_start(
                 self.control_state, window.predicted_decrease[-1], window.update_ratio[-1], growth
             )
-        if read[-1] > 0 and self._mask[LR]:
+        if nonfinite and self._mask[LR]:
             self.control_state = safety.cut_lr(self.control_state)
             self.log.text(
                 "rlsched/intervention",
-                f"{int(read[-1])} steps with a loss or gradient that is not finite: lr cut",
+                f"{nonfinite} steps with a loss or gradient that is not finite: lr cut",
                 self.step_count,
             )
-        observation, self.history = signals.observe(window, self._run(), self.history, step, self.control_state)
-        action = self.policy.act(observation) * self._mask if acts else torch.zeros_like(self._mask)
+        with torch.inference_mode():  # a quarter faster
+            observation, self.history = signals.observe(window, self._run, self.history, step, self.control_state)
+        action = self.policy.act(observation) * self._mask if self.controls else torch.zeros_like(self._mask)
         before = self.control_state
         self.control_state = control.move(before, action, step / self.total_steps, self.base_state)
-        self._rescale_momentum(float(before[MOMENTUM]), float(self.control_state[MOMENTUM]))
+        if self._moves_momentum:
+            self._rescale_momentum(float(before[MOMENTUM]), float(self.control_state[MOMENTUM]))
         self.window.fill_(torch.nan)
-        self.nonfinite.zero_()
         self.window_start, self.window_length = self.step_count, self.interval
         self.next_decision += self.interval
         if self.next_decision >= self.total_steps:  # the last window takes what is left, and nothing follows it
             self.next_decision = NEVER
+        self._apply()
         self._log_decision(window, observation, action)
 
     def _log_decision(self, window: Moments, observation: Tensor, action: Tensor) -> None:
@@ -234,55 +304,56 @@ class Controller:
         scalars = {f"observation/{n}": v for n, v in zip(OBSERVATION_NAMES, observation.tolist(), strict=True)}
         scalars |= {f"action/{n}": v for n, v in zip(CONTROL_NAMES, action.tolist(), strict=True)}
         factor = control.fallback_schedule(float(self.step_count), float(self.total_steps))
+        fallback = float(self.optimizer.param_groups[0]["lr"]) if self.follow_scheduler else self.base_lrs[0] * factor
         scalars |= {
             "rlsched/loss": float(window.loss.nanmean()),
             "rlsched/grad_norm": float(window.grad_norm.nanmean()),
-            "rlsched/lr": self._lr(0),
-            "rlsched/fallback_lr": self.base_lrs[0] * factor,
-            "rlsched/momentum": self._momentum(0),
-            "rlsched/clip_multiple": float(control.clip_multiple(self.control_state[CLIP])),
+            "rlsched/lr": fallback * self._factors[0],
+            "rlsched/fallback_lr": fallback,
+            "rlsched/momentum": self._momenta[0],
+            "rlsched/clip_multiple": self._multiple,
         }
         self.log.decision(self.step_count, {tag: v for tag, v in scalars.items() if math.isfinite(v)})
 
     def _probes(self) -> bool:
         return self.policy.safe_start and bool(self._mask[LR])
 
-    def _run(self) -> Run:
-        adaptive = self._is_one_of(ADAPTIVE) or "betas" in self.optimizer.param_groups[0]
-        numbers = (self.total_steps, self.interval, 1 if adaptive else -1)
-        return Run(*(_host(float(x)) for x in numbers))
-
     # --- Setting hyperparameters ------------------------------------------------------------------------------------
 
-    def _adopt_new_groups(self) -> None:
-        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
-            self.base_lrs.append(float(group["lr"]))
-            betas = group.get("betas")
-            self.base_momenta.append(float(betas[0] if betas else group.get("momentum", math.nan)))
+    def _adopt(self, group: dict[str, Any]) -> None:
+        """Take the present hyperparameters of a parameter group for its base values."""
+        # A torch scheduler that came first may have begun a warm-up at 0.
+        self.base_lrs.append(float(group.get("initial_lr", group["lr"])))
+        betas = group.get("betas")
+        self.base_momenta.append(float(betas[0] if betas else group.get("momentum", math.nan)))
 
     def _first_momentum(self) -> float:
         momentum = self.base_momenta[0]
         return 0.0 if math.isnan(momentum) else momentum
 
-    def _momentum(self, group: int, state: float | None = None) -> float:
+    def _momentum(self, group: int, state: float) -> float:
         """Momentum of a parameter group; a group whose base differs from the first one's keeps its distance."""
         base = self.base_momenta[group]
-        state = float(self.control_state[MOMENTUM]) if state is None else state
         moved = state - float(self.base_state[MOMENTUM])
         if moved == 0 or math.isnan(base) or base == 0:
             return base
         return control.momentum_of(-math.log10(1 - base) + moved)
 
-    def _lr(self, group: int) -> float:
-        """Learning rate of a parameter group in the step to come."""
-        step = min(self.step_count, self.total_steps - 1)
-        lr = self.base_lrs[group] * control.fallback_schedule(float(step), float(self.total_steps))
-        if step == 0 and self._probes():
-            return lr * control.PROBE
-        lr *= math.exp(float(self.control_state[LR]))
-        if self._sums_gradients() and self.base_momenta[group] > 0:
-            lr *= (1 - self._momentum(group)) / (1 - self.base_momenta[group])
-        return lr
+    def _apply(self) -> None:
+        """Work out what the control state means for each parameter group, until it changes."""
+        groups = range(len(self.base_lrs))
+        self._ranks = _world_size()
+        lr, momentum, _ = self.control_state.tolist()
+        self._multiple = float(control.clip_multiple(self.control_state[CLIP]))
+        self._clips = self._multiple < math.inf or self.max_grad_norm is not None
+        self._momenta = [self._momentum(i, momentum) for i in groups]
+        if min(self.step_count, self.total_steps - 1) == 0 and self._probes():
+            self._factors = [control.PROBE for _ in groups]
+            return
+        self._factors = [math.exp(lr) for _ in groups]
+        if self._sums_gradients():
+            for i, (momentum, base) in enumerate(zip(self._momenta, self.base_momenta, strict=True)):
+                self._factors[i] *= (1 - momentum) / (1 - base) if base > 0 else 1
 
     def _set_hyperparameters(self) -> None:
         if self.step_count == self.total_steps:
@@ -290,17 +361,47 @@ class Controller:
                 "too long",
                 f"training goes on after total_steps={self.total_steps}: the learning rate stays where it ended",
             )
+        step = min(self.step_count, self.total_steps - 1)
+        fallback = control.fallback_schedule(float(step), float(self.total_steps))
+        self._heed_changes(fallback)
         for i, group in enumerate(self.optimizer.param_groups):
-            lr = self._lr(i)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-            if self._mask[MOMENTUM]:
+            lr = self._lrs[i] if self.follow_scheduler else self.base_lrs[i] * fallback
+            _set_lr(group, lr * self._factors[i])
+            if self._moves_momentum:
                 if "betas" in group:
-                    group["betas"] = (self._momentum(i), *group["betas"][1:])
+                    group["betas"] = (self._momenta[i], *group["betas"][1:])
                 elif "momentum" in group:
-                    group["momentum"] = self._momentum(i)
+                    group["momentum"] = self._momenta[i]
+
+    def _heed_changes(self, fallback: float) -> None:
+        """Keep the learning rates of a scheduler that is followed; warn of one that has changed them in vain."""
+        groups = self.optimizer.param_groups
+        if self.follow_scheduler:
+            self._lrs = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+            return
+        for group, ours, base in zip(groups, self._lrs, self.base_lrs, strict=False):
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) and not any(math.isclose(lr, x) for x in (ours, base, base * fallback)):
+                self._warn(
+                    "scheduler",
+                    "a torch scheduler, or other code, has changed the learning rate, which has no effect: take it "
+                    "away, or let the policy modulate it by follow_scheduler=True",
+                )
+
+    def _clip(self, grads: list[Tensor], norm: Any, finite: Any) -> Tensor | float:
+        """Scale the gradients down to what the clip control and `max_grad_norm` allow, and return the factor."""
+        assert self.average_norm is not None
+        average: Any = self.average_norm if isinstance(norm, Tensor) else float(self.average_norm)
+        coefficient = moments.clip_coefficient(norm, average, self._multiple, self.max_grad_norm or math.inf)
+        later = moments.average_norm(average, norm)
+        if isinstance(norm, Tensor):
+            coefficient, later = torch.where(finite, coefficient, 1.0), torch.where(finite, later, average)
+        elif not finite:
+            return 1.0
+        self.average_norm.fill_(later)
+        if isinstance(coefficient, Tensor) or coefficient < 1:
+            torch._foreach_mul_(grads, coefficient)
+        return coefficient
 
     def _is_one_of(self, names: set[str]) -> bool:
         return any(kind.__name__ in names for kind in type(self.optimizer).__mro__)
@@ -326,8 +427,14 @@ class Controller:
 
     # --- Helpers ----------------------------------------------------------------------------------------------------
 
-    def _parameters(self) -> Iterable[Tensor]:
-        return (p for group in self.optimizer.param_groups for p in group["params"])
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _momentum_of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Where the optimizer keeps the momentum of each parameter."""
+        states = [self.optimizer.state.get(p, {}) for p in parameters]
+        found = [next((s[key] for key in BUFFERS if s.get(key) is not None), None) for s in states]
+        return [b if b is not None and b.shape == p.shape else None for b, p in zip(found, parameters, strict=True)]
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
@@ -335,97 +442,44 @@ class Controller:
             warnings.warn(f"rlsched: {message}", stacklevel=4)
 
 
-def _mean_over_ranks(loss: Tensor) -> Tensor:
-    """The loss of the whole batch. Ranks that decided by their own part of it would drift apart."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(loss)
-        loss = loss / torch.distributed.get_world_size()
-    return loss
+def _set_lr(group: dict[str, Any], lr: Any) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def _mean(losses: list[Tensor | float], ranks: int, device: torch.device) -> Tensor | float:
+    """Mean over the losses that are finite, and over all ranks; 0, which has no logarithm either, if there is none.
+
+    A step that a GradScaler skips leaves its loss, perhaps infinite, to the next one. Ranks that decided by their own
+    part of the loss would drift apart.
+    """
+    if not losses or (ranks == 1 and len(losses) == 1):
+        return losses[0] if losses else 0.0
+    like: dict[str, Any] = {"dtype": torch.float32, "device": device}  # torch.full does not wait, as a copy would
+    values = torch.stack([x.to(**like) if isinstance(x, Tensor) else torch.full((), x, **like) for x in losses])
+    mean = torch.where(values.isfinite(), values, torch.nan).nanmean()
+    if ranks > 1:
+        torch.distributed.all_reduce(mean)
+        mean /= ranks
+    return mean
+
+
+def _world_size() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor | float:
+    """Norm of all gradients, in single precision at least: half precision overflows at 65,504."""
+    double = any(grad.dtype == torch.float64 for grad in grads)
+    norms = torch._foreach_norm(grads, 2.0, torch.float64 if double else torch.float32)
+    if safety.on_host(grads[0]):
+        return math.hypot(*map(float, norms))
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 def _host(value: float | list[float]) -> Tensor:
     """A tensor of what is decided with, whatever the default dtype and device."""
     return torch.tensor(value, dtype=torch.float32, device="cpu")
-
-
-class _Step:
-    """What is measured around one inner step."""
-
-    def __init__(self, controller: Controller, grads: list[Tensor], loss: Tensor | None) -> None:
-        c = controller
-        assert c.average_norm is not None and c.nonfinite is not None
-        grad_norm = torch.nn.utils.get_total_norm(grads, foreach=None).float()
-        finite = safety.is_finite(grad_norm, loss)
-        nan = torch.full_like(grad_norm, torch.nan)
-
-        self.column = c.step_count - c.window_start
-        self.measured = self.column < c.window_length and moments.is_measured(self.column, c.window_length)
-        cosines = nan, nan
-        if self.measured or moments.is_measured(self.column + 1, c.window_length):
-            grad = self._sample(c, [p.grad for p in c._parameters()])
-            if self.measured:
-                last = c.last_grad
-                if last is None or last.shape != grad.shape:  # at first, and when parameters have been added
-                    last = torch.zeros_like(grad)
-                momentum = self._momentum(c, last)
-                cosines = moments.cosine(grad, last), moments.cosine(grad, momentum)
-                # Scaled so that the sample's squared norm is the whole gradient's.
-                self.grad = grad
-                self.scale = grad_norm.square() / moments.dot(grad, grad).clamp(min=1e-30)
-                self.weights = self._sample(c, list(c._parameters()))
-            c.last_grad = torch.where(finite, grad, 0.0)
-
-        safety.zero_unless(finite, grads)
-        multiple = float(control.clip_multiple(c.control_state[CLIP]))
-        coefficient = moments.clip_coefficient(grad_norm, c.average_norm, multiple)
-        if c.max_grad_norm is not None:
-            coefficient = torch.minimum(coefficient, c.max_grad_norm / grad_norm.clamp(min=1e-30))
-        if c.max_grad_norm is not None or c.control_state[CLIP] < control.CONTROLS[CLIP].high:
-            torch._foreach_mul_(grads, torch.where(finite, coefficient, 1.0))
-        c.average_norm = torch.where(finite, moments.average_norm(c.average_norm, grad_norm), c.average_norm)
-        c.nonfinite += ~finite
-
-        self.loss = nan if loss is None else loss
-        row = Moments(self.loss, grad_norm, (coefficient < 1).float(), *cosines, nan, nan)
-        self.row = Moments(*(torch.where(finite, value, torch.nan) for value in row))
-        self.finite = finite
-
-    def finish(self, controller: Controller) -> None:
-        if self.column >= controller.window_length:  # past the last decision
-            return
-        row = self.row
-        if self.measured:
-            after = self._sample(controller, list(controller._parameters()))
-            ratio, decrease = moments.update_moments(self.weights, after, self.grad, self.loss)
-            row = row._replace(
-                update_ratio=torch.where(self.finite, ratio, torch.nan),
-                predicted_decrease=torch.where(self.finite, decrease * self.scale, torch.nan),
-            )
-        assert controller.window is not None
-        controller.window[:, self.column] = torch.stack(row)
-
-    @staticmethod
-    def _sample(controller: Controller, tensors: list[Tensor | None]) -> Tensor:
-        """The same share of the leading elements of every tensor, as one vector; zeros for a tensor that is None."""
-        parameters = list(controller._parameters())
-        share = min(1.0, SAMPLE / sum(p.numel() for p in parameters))
-        parts = []
-        for parameter, tensor in zip(parameters, tensors, strict=True):
-            count = math.ceil(share * parameter.numel())
-            if tensor is None:
-                parts.append(torch.zeros(count, dtype=torch.float32, device=parameter.device))
-            else:
-                parts.append(tensor.detach().reshape(-1)[:count].float())
-        return torch.cat(parts)
-
-    @classmethod
-    def _momentum(cls, controller: Controller, last_grad: Tensor) -> Tensor:
-        """The optimizer's momentum before this step; the last gradient where it has none."""
-        if not controller.base_momenta[0] > 0:
-            return last_grad
-        state = controller.optimizer.state
-        tensors = []
-        for p in controller._parameters():
-            own = state.get(p, {})
-            tensors.append(next((own[key] for key in BUFFERS if own.get(key) is not None), None))
-        return cls._sample(controller, tensors)

@@ -1,11 +1,13 @@
 """What is measured at one inner step.
 
 All functions take flat vectors, `(*batch, parameters)`, and return `(*batch,)`: one network or N stacked networks.
+Those of norms take and return floats as well, which on the CPU are faster than tensors of one number.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch import Tensor
 MEASURED_STEPS = 8  # per window: enough to average over, and few enough to be free in a long window
 NORM_DECAY = 0.9  # per inner step, of the running average of the gradient norm
 NORM_JUMP = 10.0  # a gradient norm counts at most this many times the running average
+
+
+Number = TypeVar("Number", float, Tensor)
 
 
 class Moments(NamedTuple):
@@ -64,13 +69,19 @@ def update_moments(before: Tensor, after: Tensor, grad: Tensor, loss: Tensor) ->
     return norm(update) / norm(before).clamp(min=1e-12), decrease
 
 
-def average_norm(average: Tensor, grad_norm: Tensor) -> Tensor:
+def average_norm(average: Number, grad_norm: Number) -> Number:
     """Running average of the gradient norm after one more step; an `average` of NaN starts it."""
+    if isinstance(grad_norm, float):
+        bounded = min(grad_norm, NORM_JUMP * average)
+        return grad_norm if math.isnan(average) else NORM_DECAY * average + (1 - NORM_DECAY) * bounded
     bounded = torch.minimum(grad_norm, NORM_JUMP * average)
     return torch.where(average.isnan(), grad_norm, NORM_DECAY * average + (1 - NORM_DECAY) * bounded)
 
 
-def clip_coefficient(grad_norm: Tensor, average: Tensor, multiple: Tensor | float) -> Tensor:
-    """Factor in (0, 1] that brings the gradient norm down to `multiple` times its running average."""
-    threshold = torch.where(average.isnan(), torch.inf, multiple * average.clamp(min=1e-30))
+def clip_coefficient(grad_norm: Number, average: Number, multiple: Number | float, limit: float = math.inf) -> Number:
+    """Factor in (0, 1] that brings the gradient norm down to `multiple` times its running average, and to `limit`."""
+    if isinstance(grad_norm, float):
+        threshold = math.inf if math.isnan(average) else multiple * max(average, 1e-30)
+        return min(1.0, min(threshold, limit) / max(grad_norm, 1e-30))
+    threshold = torch.where(average.isnan(), torch.inf, multiple * average.clamp(min=1e-30)).clamp(max=limit)
     return (threshold / grad_norm.clamp(min=1e-30)).clamp(max=1)

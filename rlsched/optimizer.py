@@ -48,6 +48,9 @@ class ScheduledOptimizer(Optimizer):
             follows the fallback schedule exactly, and all else stays as it is.
         decisions: about how many times in the run the policy decides.
         max_grad_norm: clip the gradient norm to this as well, as `clip_grad_norm_` would.
+        follow_scheduler: take the learning rate that a torch scheduler sets (a warm-up, a schedule of your own) for
+            lr · (1 − n/N) above: the policy modulates that. The parameter groups hold the scheduler's learning rate
+            between the steps. Otherwise a scheduler has no effect, of which you are warned.
         log_dir: folder for a TensorBoard event file with what was seen and decided.
         writer: a `SummaryWriter` to log to instead.
 
@@ -109,13 +112,11 @@ class ScheduledOptimizer(Optimizer):
                 loss = closure()
         elif isinstance(self.optimizer, LBFGS):
             raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
-        if loss is not None:
-            self.controller.observe(loss)
-        self.controller.before()
-        if isinstance(self.optimizer, LBFGS):
-            self.optimizer.step(closure)
-        else:
+        self.controller.before(loss)
+        if closure is None:
             self.optimizer.step()
+        else:
+            self.optimizer.step(_evaluated_once(closure, loss, self.optimizer))
         self.controller.after()
         return loss
 
@@ -125,6 +126,16 @@ class ScheduledOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
+
+    def train(self) -> None:
+        """For optimizers that train at other weights than those to evaluate with, as schedulefree's do."""
+        if hasattr(self.optimizer, "train"):
+            self.optimizer.train()
+
+    def eval(self) -> None:
+        """See `train`."""
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.optimizer.add_param_group(param_group)
@@ -168,8 +179,6 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
     """
     if isinstance(optimizer, ScheduledOptimizer):
         raise ValueError("optimizer is a ScheduledOptimizer already")
-    if isinstance(optimizer, LBFGS):
-        raise ValueError("optimizer: LBFGS evaluates the loss inside its step; use ScheduledOptimizer")
     controller = Controller(optimizer, **options)
 
     def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -180,11 +189,9 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            kwargs["closure"] = lambda: loss  # evaluated already
-        if loss is not None:
-            controller.observe(loss)
+            kwargs["closure"] = _evaluated_once(closure, loss, optimizer)
         with torch.no_grad():
-            controller.before()
+            controller.before(loss)
         return (this,), kwargs
 
     @torch.no_grad()
@@ -195,3 +202,16 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     controller._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
     return controller
+
+
+def _evaluated_once(closure: Callable[[], Any], loss: Any, optimizer: Optimizer) -> Callable[[], Any]:
+    """The closure for an optimizer, where it was evaluated already and gave `loss`.
+
+    Most optimizers evaluate it first of all, which is not needed again. Some (SAM) move the weights before that.
+    """
+
+    def state() -> list[tuple[int, int]]:
+        return [(p._version, id(p.grad)) for group in optimizer.param_groups for p in group["params"]]
+
+    known: list[Any] = [state()]
+    return lambda: loss if known and known.pop() == state() else closure()

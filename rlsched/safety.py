@@ -13,24 +13,18 @@ from rlsched.control import CONTROLS, LR
 CUT = math.log(10)  # e-folds taken off the learning rate after a window in which something was not finite
 
 
-def is_finite(grad_norm: Tensor, loss: Tensor | None) -> Tensor:
-    """0-d bool: whether this inner step may reach the weights; a loss of None is not known, and does not count."""
-    finite = grad_norm.isfinite()
-    return finite if loss is None else finite & loss.isfinite()
+def on_host(tensor: Tensor) -> bool:
+    """Whether a number in `tensor` can be read without waiting for an accelerator."""
+    return tensor.device.type == "cpu"
 
 
-def zero_unless(finite: Tensor, grads: Iterable[Tensor]) -> None:
-    """Zero the gradients of a step that is not finite, without waiting for an accelerator."""
-    if finite.device.type != "cpu":
-        mask_unless(finite, grads)
+def zero_unless(finite: Tensor | bool, grads: Iterable[Tensor]) -> None:
+    """Zero the gradients of a step that is not finite; a 0-d tensor that tells so is not looked at."""
+    if isinstance(finite, Tensor):
+        for grad in grads:
+            grad.masked_fill_(~finite, 0)
     elif not finite:
         torch._foreach_zero_(list(grads))
-
-
-def mask_unless(finite: Tensor, grads: Iterable[Tensor]) -> None:
-    """The same without looking at `finite` from the host."""
-    for grad in grads:
-        grad.masked_fill_(~finite, 0)
 
 
 def cut_lr(state: Tensor) -> Tensor:

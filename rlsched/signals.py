@@ -156,32 +156,34 @@ def observe(window: Moments, run: Run, history: History, step: Tensor, control: 
     Returns:
         The observation, (*batch, len(OBSERVATIONS)), 0 where nothing was measured; and the new history.
     """
-    log_loss = _log(window.loss)
-    log_norm = _log(window.grad_norm)
+    logs = _log(torch.stack([window.loss, window.grad_norm]))
+    (log_loss, log_norm), stds = logs, _nanstd(logs)
     half = log_loss.shape[-1] // 2
-    loss, grad_norm = log_loss.nanmean(-1), log_norm[..., -1]
-    first = History(loss, loss, loss, grad_norm)
-    history = History(*(torch.where(old.isnan(), new, old) for old, new in zip(history, first, strict=True)))
+    ratio, decrease = window.update_ratio.clamp(min=1e-12).log(), window.predicted_decrease.clamp(min=1e-7).log()
+    averaged = [log_loss, window.clipped, window.grad_cosine, window.momentum_cosine, ratio, decrease]
+    loss, clipped, grad_cosine, momentum_cosine, update_ratio, predicted_decrease = torch.stack(averaged).nanmean(-1)
+    grad_norm = log_norm[..., -1]
+    seen = torch.stack(history)
+    history = History(*torch.where(seen.isnan(), torch.stack([loss, loss, loss, grad_norm]), seen))
     readings = Readings(
         run=run,
         history=history,
         step=step,
         control=control,
         loss=loss,
-        loss_std=_nanstd(log_loss),
+        loss_std=stds[0],
         loss_trend=log_loss[..., half:].nanmean(-1) - log_loss[..., :half].nanmean(-1),
         grad_norm=grad_norm,
-        grad_norm_std=_nanstd(log_norm),
-        clipped=window.clipped.nanmean(-1),
-        grad_cosine=window.grad_cosine.nanmean(-1),
-        momentum_cosine=window.momentum_cosine.nanmean(-1),
-        update_ratio=_log(window.update_ratio, floor=1e-12).nanmean(-1),
-        predicted_decrease=_log(window.predicted_decrease, floor=1e-7).nanmean(-1),
+        grad_norm_std=stds[1],
+        clipped=clipped,
+        grad_cosine=grad_cosine,
+        momentum_cosine=momentum_cosine,
+        update_ratio=update_ratio,
+        predicted_decrease=predicted_decrease,
     )
-    observation = torch.stack(
-        [torch.nan_to_num(o.formula(readings), nan=0.0).clamp(o.low, o.high) for o in OBSERVATIONS], -1
-    )
-    return observation, _remember(history, loss)
+    observation = torch.stack([o.formula(readings) for o in OBSERVATIONS], -1)
+    low, high = (observation.new_tensor([getattr(o, bound) for o in OBSERVATIONS]) for bound in ("low", "high"))
+    return torch.nan_to_num(observation, nan=0.0).clamp(low, high), _remember(history, loss)
 
 
 def _remember(history: History, loss: Tensor) -> History:
@@ -192,10 +194,8 @@ def _remember(history: History, loss: Tensor) -> History:
     )
 
 
-def _log(x: Tensor, floor: float | None = None) -> Tensor:
-    """Logarithm; NaN where x has none, or of `floor` where x is smaller than that."""
-    if floor is not None:
-        return x.clamp(min=floor).log()
+def _log(x: Tensor) -> Tensor:
+    """Logarithm; NaN where x has none."""
     return torch.where((x > 0) & x.isfinite(), x, torch.nan).log()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import assert_same_weights, lively_policy, loss_at, network, train
 
-from rlsched import ScheduledOptimizer, attach
+from rlsched import ScheduledOptimizer, SchedulePolicy, attach
 
 STEPS = 40
 OPTIONS = {"total_steps": STEPS, "policy": lively_policy()}
@@ -95,7 +95,40 @@ def test_detached_optimizer_is_plain_again():
     assert controller.step_count == 10
 
 
-def test_lbfgs_is_refused():
-    """A closure that is evaluated once would leave LBFGS without its line search."""
-    with pytest.raises(ValueError, match="LBFGS evaluates the loss inside its step; use ScheduledOptimizer"):
-        attach(torch.optim.LBFGS(network().parameters()), **OPTIONS)
+def test_detached_fused_optimizer_scales_by_itself_again():
+    """A GradScaler would unscale for it ever after, in a pass over all gradients that it does not need."""
+    optimizer = torch.optim.AdamW(network().parameters(), fused=True)
+    controller = attach(optimizer, **OPTIONS)
+    assert not optimizer._step_supports_amp_scaling
+    controller.detach()
+    assert optimizer._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("face", [ScheduledOptimizer, attach])
+def test_lbfgs_takes_the_steps_that_it_takes_alone(face):
+    """A closure that is evaluated once would leave LBFGS without its line search; once too often, would cost time."""
+
+    def run(schedule):
+        model, evaluated = network(), []
+        inner = torch.optim.LBFGS(model.parameters(), 0.5, max_iter=4)
+        options = {"total_steps": 6, "policy": SchedulePolicy.zero()}
+        optimizer = ScheduledOptimizer(inner, **options) if schedule and face is ScheduledOptimizer else inner
+        if schedule and face is attach:
+            attach(inner, **options)
+        for step in range(6):
+
+            def closure(step=step):
+                evaluated.append(step)
+                optimizer.zero_grad()
+                loss = loss_at(model, step)
+                loss.backward()
+                return loss
+
+            if not schedule:
+                inner.param_groups[0]["lr"] = 0.5 * (1 - step / 6)
+            optimizer.step(closure)
+        return model, evaluated
+
+    (model, evaluated), (plain, expected) = run(True), run(False)
+    assert evaluated == expected
+    assert_same_weights(model, plain)

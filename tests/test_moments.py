@@ -81,3 +81,15 @@ def test_stacked_networks_are_measured_each_on_its_own():
         single = moments.update_moments(before[i], after[i], grad[i], loss[i])
         torch.testing.assert_close((ratio[i], decrease[i]), single)
         torch.testing.assert_close(cosine[i], moments.cosine(grad[i], last[i]))
+
+
+def test_norms_are_the_same_as_floats_and_as_tensors():
+    """Training on a CPU would clip other gradients than training on a GPU."""
+    average, number = torch.tensor(math.nan), math.nan
+    for norm in [0.0, 3.0, 1e-20, 40.0, 1e30, 0.0, 2.0]:
+        tensor = torch.tensor(norm)
+        for multiple, limit in [(2.0, math.inf), (math.inf, 0.5), (0.5, 1.0), (math.inf, math.inf)]:
+            coefficient = moments.clip_coefficient(norm, number, multiple, limit)
+            assert moments.clip_coefficient(tensor, average, multiple, limit).item() == pytest.approx(coefficient)
+        average, number = moments.average_norm(average, tensor), moments.average_norm(number, norm)
+        assert average.item() == pytest.approx(number, rel=1e-5)

@@ -1,0 +1,43 @@
+"""Command line: `python -m rlsched.experiments.cost --help`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from rlsched.experiments.cost.analysis import report
+from rlsched.experiments.cost.loops import NETWORKS
+from rlsched.experiments.cost.run import measure
+
+QUICK = tuple(NETWORKS)[:1]  # networks
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Time the loops, and print the table."""
+    parser = argparse.ArgumentParser(
+        "python -m rlsched.experiments.cost",
+        description="What a step with rlsched costs beside the same step with clip_grad_norm_ and LambdaLR, and beside "
+        "schedulefree and prodigyopt where they are installed. Results that are there already are kept.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/cost"), help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--networks", nargs="+", default=list(NETWORKS), metavar="NAME", help=f"of: {', '.join(NETWORKS)}"
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="per network and optimizer (default: %(default)g)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: %(default)s)")
+    parser.add_argument(
+        "--quick", action="store_true", help="three rounds of the smallest network, to see that it works"
+    )
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    networks = QUICK if options.quick else tuple(options.networks)
+    measure(options.out, networks, seconds=0.0 if options.quick else options.seconds)
+    print(report(options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Lightning: a callback for `Trainer(callbacks=[...])`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rlsched.integrations.common import controller_of, warn
+from rlsched.optimizer import Controller
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise ImportError("rlsched.integrations.lightning needs Lightning: pip install 'rlsched[lightning]'") from error
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.utils.hooks import RemovableHandle
+
+
+class ScheduleCallback(Callback):
+    """Lets the learned schedule drive a module's optimizer, and reports to it the loss of each training step.
+
+    One line does for a module whose `configure_optimizers` returns a plain optimizer::
+
+        trainer = Trainer(max_epochs=10, callbacks=[ScheduleCallback()])
+
+    Where it returns a `ScheduledOptimizer`, the callback reports the loss and no more. Lightning's own closure would
+    report it too, but with `accumulate_grad_batches` only that of the last batch, divided, and none with "16-mixed".
+
+    Checkpoints hold the schedule, and a run resumed from one is bit-equal to one that never stopped, if Lightning
+    goes on with the same data: in the middle of an epoch it does so only with a DataLoader that has a state.
+
+    Args:
+        options: as for `rlsched.attach`; none of them with a `ScheduledOptimizer`. `total_steps` is the Trainer's
+            `estimated_stepping_batches` unless it is given.
+
+    Attributes:
+        controller: what drives the optimizer, from the start of `fit` on.
+
+    Raises:
+        ValueError: in `fit`, for manual optimization, a Trainer that does not know how many steps it is going to
+            take, and options that `attach` refuses.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.controller: Controller | None = None
+        self._restored: dict[str, Any] = {}
+        self._losses: list[Tensor] = []  # of the batches since the last step
+        self._hook: RemovableHandle | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.teardown(trainer, pl_module, stage)  # of a fit that failed
+            self.controller, self._restored = None, {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "ScheduleCallback cannot tell which loss belongs to which step of manual optimization: return a "
+                "ScheduledOptimizer, and call its observe(loss) before its step()"
+            )
+        (optimizer,) = trainer.optimizers  # Lightning has seen to it
+        total_steps = self.options.get("total_steps") or trainer.estimated_stepping_batches
+        if not 0 < total_steps < float("inf"):
+            raise ValueError(
+                "total_steps: the Trainer does not know how many steps it is going to take; give it max_steps, or "
+                "ScheduleCallback total_steps"
+            )
+        self._hook = optimizer.register_step_pre_hook(self._report)  # comes before the controller's own hook
+        self.controller = controller_of(optimizer, total_steps, self.options)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.controller is not None
+        if self._restored:
+            self.controller.load_state_dict(self._restored)
+        if trainer.global_step > 0 and self.controller.step_count == 0:
+            warn("the checkpoint holds no schedule, so the schedule starts anew")
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._losses = []
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        loss = loss.detach() * trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._losses.append(loss if scaler is None else loss / scaler.scale(torch.ones_like(loss)))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        if self.controller is not None:
+            self.controller.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The controller's state; a `ScheduledOptimizer` keeps another copy."""
+        return {} if self.controller is None else self.controller.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    def _report(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hand the mean loss of the batches to the optimizer's step, by way of Lightning's closure if there is one."""
+        closure: Callable[[], Any] | None = kwargs.get("closure")
+        if closure is None:
+            return args, {**kwargs, "loss": self._mean_loss()}
+
+        def closure_with_mean_loss() -> Tensor | None:
+            closure()
+            return self._mean_loss()
+
+        return args, {**kwargs, "closure": closure_with_mean_loss}
+
+    def _mean_loss(self) -> Tensor | None:
+        losses, self._losses = self._losses, []
+        return torch.stack(losses).mean() if losses else None

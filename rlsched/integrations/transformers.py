@@ -1,0 +1,153 @@
+"""Hugging Face Transformers: a callback for `Trainer(callbacks=[...])`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlsched.integrations.common import controller_of, warn
+from rlsched.optimizer import STATE_KEY, Controller, ScheduledOptimizer
+
+try:
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ImportError as error:
+    raise ImportError(
+        "rlsched.integrations.transformers needs Transformers: pip install 'rlsched[transformers]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+
+class ScheduleCallback(TrainerCallback):
+    """Lets the learned schedule drive a Trainer's optimizer, and reports to it the loss of each training step.
+
+    One line does with the optimizer that the Trainer makes from its arguments::
+
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[ScheduleCallback()])
+
+    With `optimizers=(ScheduledOptimizer(...), None)` the callback reports the loss and no more.
+
+    The Trainer's own scheduler, its warm-up included, has no effect unless `follow_scheduler` is set; the
+    "learning_rate" in its logs is the effective one. Checkpoints hold the schedule, and a run resumed from one is
+    bit-equal to one that never stopped.
+
+    The loss is the one that the model returns, as far as it is what the Trainer backpropagates. It is not with
+    `compute_loss_func`, with a `compute_loss` of your own and with label smoothing: call `observe` there.
+
+    Args:
+        options: as for `rlsched.attach`; none of them with a `ScheduledOptimizer`. `total_steps` is the number of
+            steps that the Trainer is going to take unless it is given.
+
+    Attributes:
+        controller: what drives the optimizer, from the start of training on.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.controller: Controller | None = None
+        self._optimizer: Any = None  # the Trainer's, which knows of GradScaler
+        self._lrs: list[float | Tensor] = []  # of the groups, in the last step
+        self._losses: list[Tensor] = []  # parts of the loss of the step to come
+        self._last: RemovableHandle | None = None  # of the hook on the loss that was observed last
+        self._handles: list[RemovableHandle] = []
+        self._warned = False
+
+    def observe(self, loss: Tensor) -> None:
+        """Report the loss of a batch before it is backpropagated; of several, the last one counts.
+
+        The gradient that arrives at it is its weight in the loss of the step: one over the number of accumulated
+        batches, or 1 for a loss that is normalized by the number of items in all of them; in both cases times the
+        scale of GradScaler. A loss that no gradient arrives at is not what is trained on, and does not count.
+        """
+        if not loss.requires_grad:
+            return
+        if self._last is not None:
+            self._last.remove()
+        value = loss.detach().clone()  # the Trainer scales some in place
+
+        def add(weight: Tensor) -> None:
+            scaler = self._optimizer.scaler
+            scale = 1.0 if scaler is None else scaler.scale(torch.ones_like(value, dtype=torch.float32))
+            self._losses.append(weight.float() / scale * value.float())
+
+        self._last = loss.register_hook(add)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        **kwargs: Any,
+    ) -> None:
+        self.on_train_end()  # of a training that failed
+        self._optimizer, self._lrs = optimizer, []
+        inner = optimizer.optimizer
+        plain = inner.optimizer if isinstance(inner, ScheduledOptimizer) else inner
+        self._handles = [
+            model.register_forward_hook(self._observe_output),
+            inner.register_step_pre_hook(self._report),  # these come before the controller's own
+            plain.register_step_post_hook(self._keep_lrs),
+        ]
+        restored = None
+        if inner is plain:
+            restored = inner.param_groups[0].pop(STATE_KEY, None)
+            self._handles.append(inner.register_state_dict_post_hook(self._add_state))
+        self.controller = controller_of(inner, state.max_steps, self.options)
+        if restored is not None:
+            self.controller.load_state_dict(restored)
+        if state.global_step > 0 and self.controller.step_count == 0:
+            warn("the checkpoint holds no schedule, so the schedule starts anew")
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._losses = []  # of a step that GradScaler skipped
+
+    def on_optimizer_step(self, *args: Any, lr_scheduler: LRScheduler, **kwargs: Any) -> None:
+        if self._lrs:
+            lr_scheduler._last_lr = list(self._lrs)  # which is what the Trainer logs
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self.controller is not None:
+            self.controller.detach()
+
+    def _keep_lrs(self, optimizer: Optimizer, *_: Any) -> None:
+        self._lrs = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def _add_state(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
+        """Keep the controller's state in the first group, the one place that load_state_dict lets others use."""
+        assert self.controller is not None
+        state_dict["param_groups"][0][STATE_KEY] = self.controller.state_dict()
+
+    def _observe_output(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, dict):
+            loss = output.get("loss")
+        else:
+            loss = output[0] if isinstance(output, tuple) else None
+        if isinstance(loss, Tensor) and loss.ndim == 0:
+            self.observe(loss)
+
+    def _report(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Hand the loss to the optimizer's step."""
+        losses, self._losses = self._losses, []
+        if not losses:
+            if not self._warned:
+                self._warned = True
+                warn(
+                    "the Trainer does not backpropagate the loss that the model returns: call observe(loss) of the "
+                    "ScheduleCallback in your compute_loss or compute_loss_func"
+                )
+            return args, kwargs
+        return args, {**kwargs, "loss": torch.stack(losses).sum()}

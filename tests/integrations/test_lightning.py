@@ -1,0 +1,345 @@
+"""ScheduleCallback in Lightning: real trainings, held against the same training in a plain loop."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from helpers import assert_same_weights, lively_policy, network
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+
+from rlsched import ScheduledOptimizer
+
+pl = pytest.importorskip("lightning.pytorch")
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers.logger import DummyLogger  # noqa: E402
+from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
+
+from rlsched.integrations.lightning import ScheduleCallback  # noqa: E402
+
+BATCHES, EPOCHS = 10, 3
+STEPS = BATCHES * EPOCHS
+OPTIONS = {"policy": lively_policy(), "decisions": 8}  # decides before the steps 1, 5, 9 ...
+
+pytestmark = [
+    # Advice for trainings of another size than these.
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    # Lightning's own.
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+]
+
+
+def data():
+    """Batches of 16, in the same order in every epoch."""
+    inputs = torch.randn(16 * BATCHES, 6, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(inputs, inputs[:, :3].argmax(-1)), batch_size=16)
+
+
+def adamw(parameters):
+    """The optimizer of all modules here."""
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def scheduled(parameters, steps=STEPS):
+    """The optimizer of a plain loop, and of modules that return the wrapper."""
+    return ScheduledOptimizer(adamw(parameters), total_steps=steps, **OPTIONS)
+
+
+class Module(pl.LightningModule):
+    """A user's module, which knows nothing of the callback."""
+
+    def __init__(self, make=adamw):
+        super().__init__()
+        self.net = network()
+        self.make = make
+        self.lrs = []
+
+    def training_step(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return self.make(self.net.parameters())
+
+    def on_train_batch_end(self, *args):
+        self.lrs.append(self.optimizers().param_groups[0]["lr"])
+
+
+def fit(module, *callbacks, loader=None, ckpt_path=None, logger=False, **options):
+    """Fit the module quietly, for three epochs."""
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options = {"max_epochs": EPOCHS, "accelerator": "cpu", "logger": logger, **quiet, **options}
+    trainer = pl.Trainer(callbacks=list(callbacks), **options)
+    trainer.fit(module, loader or data(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def loop(accumulate=1, max_norm=None, dtype=None, scaler=None):
+    """The same training without Lightning; returns the network and the learning rate after every batch."""
+    net, lrs = network(), []
+    optimizer = scheduled(net.parameters(), STEPS // accumulate)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(EPOCHS):
+        losses = []
+        for i, (x, y) in enumerate(data()):
+            with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
+                losses.append(nn.functional.cross_entropy(net(x), y))
+            scaler.scale(losses[-1] / accumulate).backward()
+            if (i + 1) % accumulate == 0:
+                scaler.unscale_(optimizer)
+                if max_norm is not None:
+                    nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+                scaler.step(optimizer, loss=torch.stack(losses).detach().mean())
+                scaler.update()
+                optimizer.zero_grad()
+                losses = []
+            lrs.append(optimizer.param_groups[0]["lr"])
+    return net, lrs
+
+
+BOTH = pytest.mark.parametrize("wrapped", [False, True], ids=["callback alone", "wrapper"])
+
+
+def both(wrapped):
+    """A module that returns a plain optimizer, or one that returns the wrapper, and the callback that it needs."""
+    return (Module(scheduled), ScheduleCallback()) if wrapped else (Module(), ScheduleCallback(**OPTIONS))
+
+
+@BOTH
+def test_training_is_that_of_a_plain_loop(wrapped):
+    """Lightning's users would get another schedule than the one that was evaluated."""
+    module, callback = both(wrapped)
+    fit(module, callback)
+    net, lrs = loop()
+    assert module.lrs == lrs
+    assert_same_weights(module.net, net)
+    assert callback.controller.step_count == STEPS
+
+
+def test_wrapper_without_the_callback_takes_the_closures_loss():
+    """Without accumulation and fp16 nothing but the wrapper is needed."""
+    module = Module(scheduled)
+    fit(module)
+    assert_same_weights(module.net, loop()[0])
+
+
+def test_accumulated_batches_are_one_step_with_their_mean_loss():
+    """The policy would see a fifth of the loss of the last batch, and its time run five times too fast."""
+    for make, options in ((adamw, OPTIONS), (lambda p: scheduled(p, STEPS // 5), {})):
+        module, callback = Module(make), ScheduleCallback(**options)
+        fit(module, callback, accumulate_grad_batches=5)
+        net, lrs = loop(accumulate=5)
+        assert callback.controller.step_count == STEPS // 5
+        assert module.lrs == lrs
+        assert_same_weights(module.net, net)
+
+
+@BOTH
+def test_lightnings_clipping_comes_first(wrapped):
+    """A user's gradient_clip_val would be lost, or be applied to gradients that the policy has not seen."""
+    module, callback = both(wrapped)
+    fit(module, callback, gradient_clip_val=0.1)
+    assert_same_weights(module.net, loop(max_norm=0.1)[0])
+
+
+@BOTH
+def test_bf16_mixed(wrapped):
+    """Mixed precision would change what is reported."""
+    module, callback = both(wrapped)
+    fit(module, callback, precision="bf16-mixed")
+    assert_same_weights(module.net, loop(dtype=torch.bfloat16)[0])
+
+
+@BOTH
+def test_16_mixed_reports_unscaled_losses_and_counts_no_skipped_step(wrapped):
+    """With fp16 Lightning runs the closure before the step, on a scaled loss, and GradScaler skips steps."""
+
+    def scaler():
+        return torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=10)
+
+    module, callback = both(wrapped)
+    mine = scaler()
+    fit(module, callback, plugins=[MixedPrecision("16-mixed", "cpu", mine)])
+    net, _ = loop(dtype=torch.float16, scaler=scaler())
+    assert mine.get_scale() < 2.0**126
+    assert callback.controller.step_count < STEPS
+    assert_same_weights(module.net, net)
+
+
+@BOTH
+def test_resumed_run_is_bit_equal(wrapped, tmp_path):
+    """A resume with another learning rate is what users of schedule wrappers complain of most.
+
+    Step 7 is in the middle of an epoch, where Lightning starts the epoch's data anew, and between two decisions.
+    """
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1, filename="{step}")
+    loader = DataLoader(ConcatDataset(BATCHES * [Subset(data().dataset, range(16))]), batch_size=16)
+    module, callback = both(wrapped)
+    fit(module, callback, keep, enable_checkpointing=True, loader=loader)
+    resumed, callback = both(wrapped)
+    fit(resumed, callback, keep, enable_checkpointing=True, loader=loader, ckpt_path=tmp_path / "step=7.ckpt")
+    assert resumed.lrs == module.lrs[7:]
+    assert_same_weights(resumed.net, module.net)
+
+
+class Logger(DummyLogger):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def log_metrics(self, metrics, step=None):
+        self.seen.append(metrics)
+
+
+@BOTH
+def test_learning_rate_monitor_shows_the_effective_learning_rate(wrapped):
+    """The plot that a user looks at first would show his base learning rate."""
+    logger = Logger()
+    module, callback = both(wrapped)
+    fit(module, callback, LearningRateMonitor("step"), logger=logger, log_every_n_steps=1)
+    seen = [metrics["lr-AdamW"] for metrics in logger.seen if "lr-AdamW" in metrics]
+    assert seen == pytest.approx([0.01, *module.lrs[:-1]])  # it looks before the step
+
+
+def test_optimizer_is_plain_again_after_fit():
+    """A schedule that is over would hold the learning rate of whatever the optimizer is used for next."""
+    made = []
+    module = Module(lambda p: made.append(adamw(p)) or made[-1])
+    fit(module, ScheduleCallback(**OPTIONS))
+    (optimizer,) = made
+    optimizer.param_groups[0]["lr"] = 0.5
+    module.training_step(next(iter(data()))).backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_callback_serves_a_second_fit():
+    """The schedule of a second fit would start where the first one ended, at a learning rate of zero."""
+    callback = ScheduleCallback(**OPTIONS)
+    fit(Module(), callback)
+    module = Module()
+    fit(module, callback)
+    assert_same_weights(module.net, loop()[0])
+
+
+def test_failed_fit_leaves_no_trace(monkeypatch):
+    """After an exception in a notebook the next fit would be scheduled twice."""
+    optimizer = adamw(network().parameters())
+    callback = ScheduleCallback(**OPTIONS)
+    module = Module()
+    optimizer = adamw(module.net.parameters())
+    module.make = lambda _: optimizer
+    monkeypatch.setattr(module, "training_step", lambda batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(module, callback)
+    monkeypatch.undo()
+    fit(module, callback)
+    assert_same_weights(module.net, loop()[0])
+
+
+class Manual(Module):
+    """Steps by hand."""
+
+    def __init__(self, make):
+        super().__init__(make)
+        self.automatic_optimization = False
+
+    def training_step(self, batch):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = super().training_step(batch)
+        self.manual_backward(loss)
+        optimizer.observe(loss)
+        optimizer.step()
+
+
+def test_manual_optimization_needs_no_callback():
+    """The remedy that the error message names would not work."""
+    module = Manual(scheduled)
+    fit(module)
+    assert_same_weights(module.net, loop()[0])
+
+
+def test_manual_optimization_is_refused():
+    """No loss would be reported, or that of another optimizer's step."""
+    with pytest.raises(ValueError, match="manual optimization: return a ScheduledOptimizer, and call its observe"):
+        fit(Manual(adamw), ScheduleCallback())
+
+
+def test_options_belong_to_the_wrapper():
+    """The policy that is named to the callback would silently not be the one in use."""
+    with pytest.raises(ValueError, match="it takes policy, not the callback"):
+        fit(Module(scheduled), ScheduleCallback(policy="default"))
+
+
+def test_training_of_unknown_length_is_refused():
+    """A schedule over an infinite number of steps never decays."""
+    with pytest.raises(ValueError, match="give it max_steps, or ScheduleCallback total_steps"):
+        fit(Module(), ScheduleCallback(), max_epochs=-1)
+
+
+def test_total_steps_come_from_max_steps():
+    """The learning rate would still be high when a run that is limited by steps ends."""
+    callback = ScheduleCallback(**OPTIONS)
+    fit(Module(), callback, max_epochs=-1, max_steps=7)
+    assert callback.controller.total_steps == 7
+    assert callback.controller.step_count == 7
+
+
+def test_wrapper_of_another_length_is_warned_about():
+    """A stale total_steps would cut the schedule short, or never let it end."""
+    with pytest.warns(UserWarning, match=r"total_steps=60, but training is going to take 30 steps"):
+        fit(Module(lambda p: scheduled(p, 60)), ScheduleCallback())
+
+
+def test_checkpoint_without_a_schedule_is_warned_about(tmp_path):
+    """A run that was begun without the callback would start its schedule anew in the middle, unsaid."""
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
+    fit(Module(), keep, enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="the checkpoint holds no schedule"):
+        fit(
+            Module(),
+            keep,
+            ScheduleCallback(**OPTIONS),
+            enable_checkpointing=True,
+            ckpt_path=tmp_path / f"step={BATCHES}.ckpt",
+        )
+
+
+@BOTH
+def test_lr_scheduler_has_no_effect_and_says_so(wrapped):
+    """A warm-up starts at 0, and would make that the base learning rate of the whole run."""
+
+    class WarmUp(Module):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    module, callback = both(wrapped)
+    module = WarmUp(module.make)
+    with pytest.warns(UserWarning, match="a torch scheduler, or other code, has changed the learning rate"):
+        fit(module, callback)
+    assert callback.controller.step_count == STEPS
+    assert_same_weights(module.net, loop()[0])
+
+
+def test_skipped_batches_are_no_steps():
+    """A training_step that returns None has no loss and no gradient."""
+
+    class Skips(Module):
+        def training_step(self, batch):
+            return super().training_step(batch) if self.global_step % 3 else None
+
+    callback = ScheduleCallback(**OPTIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Skips(), callback)
+    assert any("no parameter has a gradient" in str(w.message) for w in caught)
+    assert callback.controller.step_count == STEPS - math.ceil(STEPS / 3)

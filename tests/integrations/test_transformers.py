@@ -1,0 +1,373 @@
+"""ScheduleCallback in Transformers: real trainings, held against the same training in a plain loop."""
+
+import functools
+
+import pytest
+import torch
+from helpers import assert_same_weights, lively_policy
+from torch import nn
+
+from rlsched import ScheduledOptimizer
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from transformers import BertConfig, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers import BertForSequenceClassification as Sentences
+from transformers import BertForTokenClassification as Words
+
+from rlsched.integrations.transformers import ScheduleCallback
+
+BATCHES, BATCH, EPOCHS, LENGTH, VOCABULARY = 10, 4, 2, 6, 12
+STEPS = BATCHES * EPOCHS
+OPTIONS = {"policy": lively_policy(), "decisions": 8}  # decides before the steps 1, 5, 9 ...
+
+
+def model(kind=Sentences):
+    """A transformer of 1,500 weights, the same at every call."""
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, num_labels=3, **sizes)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return kind(config)
+
+
+def data():
+    """Sentences whose first word tells their class."""
+    words = torch.randint(VOCABULARY, (BATCHES * BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row[0] % 3} for row in words]
+
+
+def token_data():
+    """Sentences whose words have labels, but for the last ones of some: no two batches have as many labels."""
+    rows = data()
+    for i, row in enumerate(rows):
+        row["labels"] = row["input_ids"] % 3
+        row["labels"][1 + i % (LENGTH - 1) :] = -100
+    return rows
+
+
+def adamw(parameters):
+    """An optimizer like the one that the Trainer makes by itself."""
+    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0, fused=True)
+
+
+def scheduled(parameters, steps=STEPS, **options):
+    """The wrapper that a user gives to the Trainer."""
+    return ScheduledOptimizer(adamw(parameters), total_steps=steps, **OPTIONS, **options)
+
+
+def trainer(
+    net, callback, optimizer=None, rows=None, trainer_class=Trainer, folder="unused", eval_dataset=None, **arguments
+):
+    """A Trainer that goes through the data in order, twice."""
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    defaults = {"learning_rate": 0.01, "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH}
+    defaults |= {"max_grad_norm": 0.0, "use_cpu": True, "train_sampling_strategy": "sequential", **quiet}
+    arguments = TrainingArguments(folder, **{**defaults, **arguments})
+    callbacks = [callback] if callback else []
+    rest = {"eval_dataset": eval_dataset, "optimizers": (optimizer, None), "callbacks": callbacks}
+    return trainer_class(net, arguments, train_dataset=rows or data(), **rest)
+
+
+def grad_scaler(enabled=True):
+    """Scales by so much that the first steps overflow, if losses are in the hundreds."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**126, growth_interval=5, enabled=enabled)
+
+
+@functools.cache
+def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=False, factor=1.0, warm_up=0):
+    """The same training without the Trainer; returns the model, and the learning rate and the loss of each step."""
+    net, lrs, losses = model(kind), [], []
+    rows = data() if kind is Sentences else token_data()
+    batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+    scaler = grad_scaler(enabled=factor != 1.0)
+    steps = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
+    optimizer = scheduled(net.parameters(), EPOCHS * len(steps), follow_scheduler=warm_up > 0)
+    optimizer.optimizer.register_step_post_hook(lambda inner, *_: lrs.append(inner.param_groups[0]["lr"]))
+    scheduler = get_scheduler("linear", optimizer, warm_up, STEPS) if warm_up else None
+    for micro_batches in EPOCHS * steps:
+        items = sum(int((row["labels"] != -100).sum()) for batch in micro_batches for row in batch)
+        loss = 0.0
+        for batch in micro_batches:
+            columns = {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                out = net(**columns, num_items_in_batch=items if normalized else None)
+            part = factor * (out.loss if normalized else out.loss / len(micro_batches))
+            scaler.scale(part).backward()
+            loss += part.detach()
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), max_norm)
+        scaler.step(optimizer, loss=loss)
+        scaler.update()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(float(loss))
+    return net, lrs, losses
+
+
+BOTH = pytest.mark.parametrize("wrapped", [False, True], ids=["callback alone", "wrapper"])
+
+
+def run(wrapped, steps=STEPS, kind=Sentences, resume=None, **options):
+    """Train with a plain optimizer or the wrapper, and the callback that it needs."""
+    net = model(kind)
+    optimizer = scheduled(net.parameters(), steps) if wrapped else adamw(net.parameters())
+    callback = ScheduleCallback() if wrapped else ScheduleCallback(**OPTIONS)
+    it = trainer(net, callback, optimizer, **options)
+    it.train(resume_from_checkpoint=resume)
+    return net, callback, it
+
+
+@BOTH
+def test_training_is_that_of_a_plain_loop(wrapped):
+    """The Trainer's users would get another schedule than the one that was evaluated."""
+    net, callback, _ = run(wrapped)
+    assert callback.controller.step_count == callback.controller.total_steps == STEPS
+    assert_same_weights(net, loop()[0])
+
+
+def test_the_trainers_own_optimizer_is_scheduled():
+    """The one-line use would leave the optimizer that the Trainer makes as it is.
+
+    It has two parameter groups, which adds up norms in another order than the loop does.
+    """
+    net, callback = model(), ScheduleCallback(**OPTIONS)
+    trainer(net, callback).train()
+    assert callback.controller.step_count == STEPS
+    for p, expected in zip(net.parameters(), loop()[0].parameters(), strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-3, atol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("normalized", [False, True], ids=["mean of batches", "mean of items"])
+def test_accumulated_batches_are_one_step_with_their_loss(wrapped, normalized):
+    """The policy would see a loss that depends on how a batch is divided; the Trainer weights its parts in two ways.
+
+    Of the ten batches the last two are left for a step of their own.
+    """
+
+    class Weighting(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.model_accepts_loss_kwargs = normalized
+
+    options = {"kind": Words, "rows": token_data()}
+    net, callback, _ = run(wrapped, 6, **options, gradient_accumulation_steps=4, trainer_class=Weighting)
+    assert callback.controller.step_count == 6
+    assert_same_weights(net, loop(Words, accumulate=4, normalized=normalized)[0])
+
+
+@BOTH
+def test_the_trainers_clipping_comes_first(wrapped):
+    """The Trainer clips unless told otherwise; that would be lost, or hidden from the policy."""
+    net, _, _ = run(wrapped, max_grad_norm=0.1)
+    assert_same_weights(net, loop(max_norm=0.1)[0])
+
+
+@BOTH
+def test_bf16(wrapped):
+    """Mixed precision would change what is reported."""
+    net, _, _ = run(wrapped, bf16=True)
+    assert_same_weights(net, loop(bf16=True)[0])
+
+
+@BOTH
+def test_grad_scaler(wrapped):
+    """With fp16 the policy would see scaled losses, and count steps that GradScaler skipped."""
+
+    class Fp16(Trainer):
+        """With the scaler of fp16, which Accelerate has for accelerators only."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            self.accelerator.scaler = grad_scaler()
+
+        def _get_grad_norm(self, *args, **kwargs):
+            """For the log only; would be that of scaled gradients here."""
+
+        def compute_loss(self, *args, **kwargs):
+            return 1000.0 * super().compute_loss(*args, **kwargs)
+
+    net, callback, it = run(wrapped, trainer_class=Fp16)
+    assert it.accelerator.scaler.get_scale() < 2.0**126
+    assert callback.controller.step_count < STEPS
+    assert_same_weights(net, loop(factor=1000.0)[0])
+
+
+@BOTH
+def test_evaluation_is_not_reported(wrapped):
+    """Losses of other data, of batches that no gradient comes from, would steer the schedule."""
+    net, _, _ = run(wrapped, eval_dataset=data()[:BATCH], eval_strategy="steps", eval_steps=3)
+    assert_same_weights(net, loop()[0])
+
+
+@BOTH
+def test_resumed_run_is_bit_equal(wrapped, tmp_path):
+    """A resume with another learning rate is what users of schedule wrappers complain of most.
+
+    Step 7 is in the middle of an epoch and between two decisions.
+    """
+    saving = {"save_strategy": "steps", "save_steps": 7, "logging_strategy": "steps", "logging_steps": 1}
+    net, _, whole = run(wrapped, folder=tmp_path, **saving)
+    resumed, _, half = run(wrapped, folder=tmp_path, resume=tmp_path / "checkpoint-7", **saving)
+    assert learning_rates(half) == learning_rates(whole)
+    assert_same_weights(resumed, net)
+
+
+def learning_rates(it):
+    """What a Trainer has logged."""
+    return [logs["learning_rate"] for logs in it.state.log_history if "learning_rate" in logs]
+
+
+@BOTH
+def test_logs_show_the_effective_learning_rate(wrapped):
+    """The log would show the Trainer's own schedule, which is not in use."""
+    _, _, it = run(wrapped, logging_strategy="steps", logging_steps=1)
+    _, lrs, losses = loop()
+    assert learning_rates(it) == lrs
+    assert [logs["loss"] for logs in it.state.log_history if "loss" in logs] == losses
+
+
+def test_total_steps_come_from_max_steps():
+    """The learning rate would still be high when a run that is limited by steps ends."""
+    _, callback, _ = run(False, max_steps=7)
+    assert callback.controller.step_count == callback.controller.total_steps == 7
+
+
+def test_warm_up_has_no_effect_and_says_so():
+    """A warm-up starts at 0, and would make that the base learning rate of the whole run."""
+    with pytest.warns(UserWarning, match="which has no effect"):
+        net, callback, _ = run(False, warmup_steps=5)
+    assert callback.controller.step_count == STEPS
+    assert_same_weights(net, loop()[0])
+
+
+def test_warm_up_is_followed_on_demand():
+    """The warm-up that a user insists on would be lost, or the log show it without the policy's part."""
+    net = model()
+    callback = ScheduleCallback(**OPTIONS, follow_scheduler=True)
+    logging = {"logging_strategy": "steps", "logging_steps": 1}
+    it = trainer(net, callback, adamw(net.parameters()), warmup_steps=5, **logging)
+    it.train()
+    expected, lrs, _ = loop(warm_up=5)
+    assert learning_rates(it) == lrs
+    assert_same_weights(net, expected)
+
+
+def test_loss_that_the_model_does_not_return_is_missed():
+    """With label smoothing the Trainer computes the loss by itself, and the schedule would lack it silently."""
+    with pytest.warns(UserWarning) as caught:
+        run(False, label_smoothing_factor=0.1)
+    messages = [str(warning.message) for warning in caught]
+    assert sum("the Trainer does not backpropagate the loss that the model returns" in m for m in messages) == 1
+
+
+@BOTH
+@pytest.mark.parametrize("factor", [1.0, 2.0], ids=["new loss", "the model's, weighted"])
+def test_loss_of_ones_own_is_observed(wrapped, factor):
+    """Many override compute_loss; the model's own loss, of labels that are given to it still, would be taken for it."""
+    callback = ScheduleCallback() if wrapped else ScheduleCallback(**OPTIONS)
+
+    class Own(Trainer):
+        def compute_loss(self, net, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = net(**inputs)
+            if factor == 1.0:
+                loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"])
+            else:
+                loss = factor * outputs.loss / factor
+            callback.observe(loss)
+            return loss
+
+    net = model()
+    optimizer = scheduled(net.parameters()) if wrapped else adamw(net.parameters())
+    it = trainer(net, callback, optimizer, trainer_class=Own)
+    it.loss_is_scaled_for_ga = False
+    it.train()
+    assert_same_weights(net, loop()[0])
+
+
+class Spy(TrainerCallback):
+    """Keeps the losses that a wrapped optimizer is stepped with; comes after the callback under test."""
+
+    def on_train_begin(self, *args, optimizer, **kwargs):
+        self.losses = []
+        optimizer.optimizer.register_step_pre_hook(lambda _, args, kwargs: self.losses.append(float(kwargs["loss"])))
+
+
+def test_loss_is_weighted_as_it_is_backpropagated():
+    """The policy compares the loss with gradients, which are of what a compute_loss makes of the model's loss."""
+
+    class Half(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) / 2
+
+    net = model()
+    logging = {"logging_strategy": "steps", "logging_steps": 1}
+    it = trainer(net, ScheduleCallback(), scheduled(net.parameters()), trainer_class=Half, **logging)
+    it.add_callback(spy := Spy())
+    it.train()
+    assert spy.losses == [logs["loss"] for logs in it.state.log_history if "loss" in logs]
+
+
+def test_optimizer_is_plain_again_after_training():
+    """A schedule that is over would hold the learning rate of whatever the optimizer is used for next."""
+    _, _, it = run(False)
+    it.optimizer.param_groups[0]["lr"] = 0.5
+    it.optimizer.step()
+    assert it.optimizer.param_groups[0]["lr"] == 0.5
+    assert "rlsched" not in it.optimizer.state_dict()["param_groups"][0]
+
+
+def test_second_training_has_a_schedule_of_its_own():
+    """It would start where the first one ended, at a learning rate of zero."""
+    _, callback, it = run(False)
+    first = callback.controller
+    it.train()
+    assert callback.controller is not first
+    assert callback.controller.step_count == STEPS
+    assert callback.controller.base_lrs == first.base_lrs
+
+
+def test_failed_training_leaves_no_trace():
+    """After an exception in a notebook the next training would be scheduled twice."""
+
+    class Fails(Trainer):
+        fail = True
+
+        def training_step(self, *args, **kwargs):
+            if self.fail:
+                raise ZeroDivisionError
+            return super().training_step(*args, **kwargs)
+
+    net = model()
+    it = trainer(net, ScheduleCallback(**OPTIONS), adamw(net.parameters()), trainer_class=Fails)
+    with pytest.raises(ZeroDivisionError):
+        it.train()
+    it.fail = False
+    it.train()
+    assert_same_weights(net, loop()[0])
+
+
+def test_options_belong_to_the_wrapper():
+    """The policy that is named to the callback would silently not be the one in use."""
+    net = model()
+    with pytest.raises(ValueError, match="it takes policy, not the callback"):
+        trainer(net, ScheduleCallback(policy="default"), scheduled(net.parameters())).train()
+
+
+@pytest.mark.filterwarnings("ignore:rlsched. a torch scheduler")  # true, and beside the point
+def test_wrapper_of_another_length_is_warned_about():
+    """A stale total_steps would cut the schedule short, or never let it end."""
+    with pytest.warns(UserWarning, match="total_steps=60, but training is going to take 20 steps"):
+        run(True, steps=60)
+
+
+@pytest.mark.filterwarnings("ignore:rlsched. a torch scheduler")  # true, and beside the point
+def test_checkpoint_without_a_schedule_is_warned_about(tmp_path):
+    """A run that was begun without the callback would start its schedule anew in the middle, unsaid."""
+    saving = {"folder": tmp_path, "save_strategy": "steps", "save_steps": 7}
+    net = model()
+    trainer(net, None, adamw(net.parameters()), **saving).train()
+    with pytest.warns(UserWarning, match="the checkpoint holds no schedule"):
+        run(False, **saving, resume=tmp_path / "checkpoint-7")
