@@ -7,11 +7,12 @@ need the ``train`` extra and are imported by name.
 
 from pathlib import Path
 
+from rlsched.frozen import FrozenSchedule
 from rlsched.optimizer import Controller, ScheduledOptimizer, attach
 from rlsched.policy import SchedulePolicy
 
 __version__ = "0.1.0"
-__all__ = ["Controller", "SchedulePolicy", "ScheduledOptimizer", "__version__", "attach"]
+__all__ = ["Controller", "FrozenSchedule", "SchedulePolicy", "ScheduledOptimizer", "__version__", "attach"]
 
 # In a clone without symbolic links (Windows), envs/, agents/ and experiments/ are found beside this package.
 _here = Path(__file__).resolve().parent

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from rlsched import control, moments, safety, sampling, signals
 from rlsched.control import CLIP, CONTROL_NAMES, LR, MOMENTUM
+from rlsched.frozen import FrozenSchedule, Window
 from rlsched.moments import Moments
 from rlsched.policy import SchedulePolicy
 from rlsched.sampling import Sample
@@ -31,7 +32,7 @@ BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their 
 NEVER = -1  # the next decision, after the last one
 
 # Keys of a controller's state_dict.
-PER_GROUP = ("base_lrs", "base_momenta")
+LISTS = ("base_lrs", "base_momenta", "path")
 SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped")
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
 HISTORY, TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "history", "total_steps", "interval", "controls", "policy"
@@ -92,6 +93,7 @@ class Controller:
             self._adopt(group)
         self.base_state = control.initial_state(_host(self._first_momentum()))
         self.control_state = self.base_state.clone()
+        self.path: list[tuple[float, ...]] = []  # (inner step, control state) of each decision
         self.history = signals.start(device=self.base_state.device)
         self._mask = _host([float(name in self.controls) for name in CONTROL_NAMES])
         if self._first_momentum() == 0:
@@ -195,9 +197,9 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as tensors, numbers and strings."""
-        names = (*PER_GROUP, *SCALARS, *TENSORS)
+        names = (*LISTS, *SCALARS, *TENSORS)
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
-        state = {name: list(v) if name in PER_GROUP else v for name, v in state.items()}
+        state = {name: list(v) if name in LISTS else v for name, v in state.items()}
         state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
         return {**state, HISTORY: torch.stack(self.history), **self._identity()}
 
@@ -211,9 +213,9 @@ class Controller:
             if state_dict[name] != value:
                 raise ValueError(f"state_dict is of a run with {name}={state_dict[name]!r}, this one has {value!r}")
         device = self._parameters()[0].device
-        for name in (*PER_GROUP, *SCALARS):
+        for name in (*LISTS, *SCALARS):
             value = state_dict[name]
-            setattr(self, name, list(value) if name in PER_GROUP else value)
+            setattr(self, name, list(value) if name in LISTS else value)
         for name in TENSORS:
             value = state_dict[name]
             where = torch.device("cpu") if name in ("control_state", "base_state") else device
@@ -242,6 +244,32 @@ class Controller:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": [], "_sample": None, "_last_grad": self.last_grad}
+
+    def freeze(self) -> FrozenSchedule:
+        """The schedule that this run followed, to be replayed without a policy.
+
+        The decisions are frozen, not what else the wrapper does: clipping to `max_grad_norm`, and leaving out steps
+        that are not finite. Of a run with decisions still to come, the last one is held to the end, with a warning.
+
+        Raises:
+            ValueError: the run follows a torch scheduler, so that the learning rate is not the policy's alone.
+        """
+        if self.follow_scheduler:
+            raise ValueError(
+                "follow_scheduler=True: the learning rate is a torch scheduler's times the policy's factor, and is no "
+                "schedule of its own to freeze"
+            )
+        if self.next_decision != NEVER:
+            self._warn(
+                "unfinished",
+                f"the run is at step {self.step_count} of {self.total_steps}: its last decision is held to the end",
+            )
+        begin = (0, math.log(control.PROBE) if self._probes() else 0.0, *self.base_state[MOMENTUM:].tolist())
+        windows = []
+        for step, lr, momentum, clip in (begin, *self.path):
+            momentum = 0.0 if self._first_momentum() == 0 else self._momentum(0, momentum)
+            windows.append(Window(int(step), math.exp(lr), momentum, float(control.clip_multiple(_host(clip)))))
+        return FrozenSchedule.of(windows, self.total_steps, self.base_lrs)
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
@@ -296,6 +324,7 @@ class Controller:
         if self.next_decision >= self.total_steps:  # the last window takes what is left, and nothing follows it
             self.next_decision = NEVER
         self._apply()
+        self.path.append((self.step_count, *self.control_state.tolist()))
         self._log_decision(window, observation, action)
 
     def _log_decision(self, window: Moments, observation: Tensor, action: Tensor) -> None:
