@@ -32,7 +32,7 @@ BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their 
 NEVER = -1  # the next decision, after the last one
 
 # Keys of a controller's state_dict.
-LISTS = ("base_lrs", "base_momenta", "path")
+LISTS = ("base_lrs", "base_momenta", "control_path")
 SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped")
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
 HISTORY, TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "history", "total_steps", "interval", "controls", "policy"
@@ -93,7 +93,7 @@ class Controller:
             self._adopt(group)
         self.base_state = control.initial_state(_host(self._first_momentum()))
         self.control_state = self.base_state.clone()
-        self.path: list[tuple[float, ...]] = []  # (inner step, control state) of each decision
+        self.control_path: list[tuple[float, ...]] = []  # (inner step, control state) of each decision
         self.history = signals.start(device=self.base_state.device)
         self._mask = _host([float(name in self.controls) for name in CONTROL_NAMES])
         if self._first_momentum() == 0:
@@ -266,7 +266,7 @@ class Controller:
             )
         begin = (0, math.log(control.PROBE) if self._probes() else 0.0, *self.base_state[MOMENTUM:].tolist())
         windows = []
-        for step, lr, momentum, clip in (begin, *self.path):
+        for step, lr, momentum, clip in (begin, *self.control_path):
             momentum = 0.0 if self._first_momentum() == 0 else self._momentum(0, momentum)
             windows.append(Window(int(step), math.exp(lr), momentum, float(control.clip_multiple(_host(clip)))))
         return FrozenSchedule.of(windows, self.total_steps, self.base_lrs)
@@ -324,7 +324,7 @@ class Controller:
         if self.next_decision >= self.total_steps:  # the last window takes what is left, and nothing follows it
             self.next_decision = NEVER
         self._apply()
-        self.path.append((self.step_count, *self.control_state.tolist()))
+        self.control_path.append((self.step_count, *self.control_state.tolist()))
         self._log_decision(window, observation, action)
 
     def _log_decision(self, window: Moments, observation: Tensor, action: Tensor) -> None:

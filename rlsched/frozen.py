@@ -34,8 +34,8 @@ class FrozenSchedule:
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
-    and `scheduler.state_dict()` holds it as plain numbers. The learning rate is linear in the step between two
-    knots; momentum and the clip multiple are constant from each knot with a new value on.
+    whose `state_dict()` then holds it as plain numbers. A window is the inner steps from one decision to the next. The
+    factor is linear in the step between its two knots, and momentum and the clip multiple are the same at both.
 
     Attributes:
         total_steps: inner steps in the run. After them the learning rate stays where it ended.

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from rlsched import Controller, SchedulePolicy, control
 
-Path = Sequence[Sequence[float]]  # (inner step, control state) of each decision, as `Controller.path`
+ControlPath = Sequence[Sequence[float]]  # (inner step, control state) of each decision, as `Controller.control_path`
 
 
-def mean_path(paths: Sequence[Path]) -> Path:
-    """The mean of the paths of runs with the same decisions."""
+def mean(paths: Sequence[ControlPath]) -> ControlPath:
+    """The mean of the control paths of runs with the same decisions."""
     return torch.tensor(paths, dtype=torch.float64).mean(0).tolist()
 
 
@@ -28,7 +28,7 @@ class Replay(SchedulePolicy):
         path: the path, with the controller's decisions.
     """
 
-    def __init__(self, controller: Controller, path: Path) -> None:
+    def __init__(self, controller: Controller, path: ControlPath) -> None:
         super().__init__(controller.policy.weights, safe_start=controller.policy.safe_start)
         self.controller = controller
         self.path = {int(step): torch.tensor(state) for step, *state in path}

@@ -25,7 +25,7 @@ from rlsched.experiments.records import provenance, read
 
 RUNS, TENSORBOARD = "runs.jsonl", "tensorboard"
 POLICY = "policy"
-REPLAY = "replay"  # of the mean path of the policy's runs with other seeds
+REPLAY = "replay"  # of the mean control path of the policy's runs with the other seeds
 EVALUATIONS = 50  # of the validation loss, in a run
 SCHEDULES: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
     "constant": lambda optimizer, steps: LambdaLR(optimizer, lambda _: 1.0),
@@ -122,7 +122,7 @@ def compare(plan: Plan, policy: SchedulePolicy, out: Path, data: Path | None = N
             )
             mean = None
             if run.schedule == REPLAY:
-                mean = _mean_path_of_others(run, policy, rows)
+                mean = _mean_of_others(run, policy, rows)
                 if mean is None:
                     warnings.warn(f"{path} has runs of an older rlsched, of which there is no replay", stacklevel=2)
                     continue
@@ -137,7 +137,7 @@ def perform(
     policy: SchedulePolicy,
     folder: Path | None = None,
     log_dir: Path | None = None,
-    path: replay.Path | None = None,
+    control_path: replay.ControlPath | None = None,
 ) -> dict[str, Any]:
     """Do one run. The initial weights and the order of the data depend on the seed alone.
 
@@ -146,7 +146,7 @@ def perform(
         policy: the scheduling policy.
         folder: of the data files, for tasks that need them.
         log_dir: folder for TensorBoard.
-        path: of the controls, for a replay.
+        control_path: what a replay follows.
     """
     task, base = TASKS[run.task], OPTIMIZERS[run.optimizer]
     data = task.data(folder)
@@ -162,8 +162,8 @@ def perform(
     if run.schedule in (POLICY, REPLAY):
         scheduled = ScheduledOptimizer(optimizer, total_steps=run.steps, policy=policy, writer=writer)
         if run.schedule == REPLAY:
-            assert path is not None
-            scheduled.controller.policy = replay.Replay(scheduled.controller, path)
+            assert control_path is not None
+            scheduled.controller.policy = replay.Replay(scheduled.controller, control_path)
     else:
         scheduler = SCHEDULES[run.schedule](optimizer, run.steps)
 
@@ -199,7 +199,7 @@ def perform(
         "seconds": seconds,
         "curve": _short(curve),
     }
-    return result if scheduled is None else {**result, "path": _short(scheduled.controller.path)}
+    return result if scheduled is None else {**result, "control_path": _short(scheduled.controller.control_path)}
 
 
 @torch.no_grad()
@@ -222,17 +222,17 @@ def _batches(task: Task, data: Data, run: Run) -> Iterator[tuple[Tensor, Tensor]
         yield data.inputs[rows], data.labels[rows]
 
 
-def _mean_path_of_others(run: Run, policy: SchedulePolicy, rows: list[dict[str, Any]]) -> replay.Path | None:
-    """Mean path of the policy's runs that differ from `run` in the seed alone; None if one of them left no path."""
+def _mean_of_others(run: Run, policy: SchedulePolicy, rows: list[dict[str, Any]]) -> replay.ControlPath | None:
+    """Mean control path of the policy's runs that differ from `run` in the seed alone; None if one has none."""
     learned = [
         row
         for row in rows
         if row["policy"] == policy.digest
         and Run(**row["run"]) == replace(run, schedule=POLICY, seed=row["run"]["seed"])
     ]
-    if not all("path" in row for row in learned):
+    if not all("control_path" in row for row in learned):
         return None
-    return replay.mean_path([row["path"] for row in learned if row["run"]["seed"] != run.seed])
+    return replay.mean([row["control_path"] for row in learned if row["run"]["seed"] != run.seed])
 
 
 def _short(rows: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -95,8 +95,8 @@ def test_replay_of_a_runs_own_path_is_the_run(optimizer, factor):
     """A replay that left out the probe, momentum or clipping would lose to the policy, and adapting seem to win."""
     run = Run("digits", optimizer, 16, POLICY, factor, 3)
     learned = perform(run, lively_policy())
-    replayed = perform(replace(run, schedule=REPLAY), lively_policy(), None, None, learned["path"])
-    np.testing.assert_allclose(replayed["path"], learned["path"], rtol=1e-4)
+    replayed = perform(replace(run, schedule=REPLAY), lively_policy(), None, None, learned["control_path"])
+    np.testing.assert_allclose(replayed["control_path"], learned["control_path"], rtol=1e-4)
     for column in (1, 3, 4):  # validation loss, learning rate, momentum
         np.testing.assert_allclose(*(np.array(r["curve"])[:, column] for r in (replayed, learned)), rtol=1e-3)
 
@@ -107,7 +107,7 @@ def test_replay_follows_the_mean_of_the_other_seeds(tmp_path):
     policy = lively_policy()
     compare(plan, policy, tmp_path)
     runs = Results(tmp_path, policy.digest).runs[Setting("digits", "sgd", 20)]
-    learned, replays = (np.array([row["path"] for row in runs[name][1.0]]) for name in (POLICY, REPLAY))
+    learned, replays = (np.array([row["control_path"] for row in runs[name][1.0]]) for name in (POLICY, REPLAY))
     assert [row["run"]["seed"] for row in runs[REPLAY][1.0]] == [0, 1, 2]
     assert np.ptp(learned[:, -1, 1]) > 0.1, "paths that are all the same prove nothing"
     for seed in range(3):
@@ -129,7 +129,7 @@ def test_results_without_paths_are_kept_and_not_replayed(tmp_path):
     file = tmp_path / RUNS
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     old = [row for row in rows if row["run"]["schedule"] != REPLAY]
-    del old[0]["path"]
+    del old[0]["control_path"]
     file.write_text("".join(json.dumps(row) + "\n" for row in old))
     before = file.read_text()
     with pytest.warns(UserWarning, match="runs of an older rlsched"):
