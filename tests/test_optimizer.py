@@ -648,7 +648,7 @@ def test_loss_that_is_not_finite_does_not_reach_the_weights(bad):
     assert_finite_weights(model)
     assert not torch.equal(model[0].weight, weights[0]), "training does not go on"
     (((first, _),), ((lr, _),)) = before[0], after[0]
-    assert lr == pytest.approx(first * (1 - 5 / 100) / 10, rel=1e-5)
+    assert lr == pytest.approx(first * (1 - 5 / 100), rel=1e-5), "one bad batch is no divergence"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -688,11 +688,13 @@ def test_no_cut_without_control_of_the_learning_rate():
 def test_base_learning_rate_that_would_diverge_is_not_taken():
     """From a learning rate a thousand times too large the first step would throw the network away."""
 
-    def final_loss(policy):
+    def final_loss(policy, **options):
         model = nn.Linear(20, 1)
         torch.manual_seed(3)
         inputs = torch.randn(64, 20)
-        optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 100.0), total_steps=60, policy=policy)
+        optimizer = ScheduledOptimizer(
+            torch.optim.SGD(model.parameters(), 100.0), total_steps=60, policy=policy, **options
+        )
         for _ in range(60):
             optimizer.zero_grad()
             loss = (model(inputs) - inputs[:, :1]).square().mean()
@@ -702,7 +704,7 @@ def test_base_learning_rate_that_would_diverge_is_not_taken():
 
     zero = SchedulePolicy.zero()
     assert final_loss(SchedulePolicy(zero.weights, safe_start=True)) < 0.5
-    assert not final_loss(zero) < 1e3
+    assert not final_loss(zero, on_divergence=None, max_update_ratio=math.inf) < 1e3
 
 
 def test_probe_is_taken_at_a_thousandth_of_the_learning_rate():
