@@ -36,7 +36,7 @@ LOGGER = logging.getLogger("rlsched")
 
 # Keys of a controller's state_dict.
 PER_GROUP = ("base_lrs", "base_momenta")
-SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped", "probing")
+SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped", "probing", "restored_at")
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
 HISTORY, GUARD, INTERVENTIONS = "history", "guard", "interventions"
 TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "total_steps", "interval", "controls", "policy"
@@ -123,8 +123,8 @@ class Controller:
         self.probing = policy.safe_start and bool(self._mask[LR]) and not shadow
         self.guard = Guard()
         self._keeps_snapshots = self.on_divergence == "rollback"
-        self._snapshot: tuple[Snapshot, Tensor, History, Tensor] | None = None
-        self._restored_at = -1  # inner step whose gradients are of weights that were taken back
+        self._snapshot: tuple[Snapshot, Tensor, History, Tensor, dict[str, float]] | None = None
+        self.restored_at = -1  # inner step whose gradients are of weights that were taken back
         adaptive = self._is_one_of(ADAPTIVE) or "betas" in optimizer.param_groups[0]
         self._run = Run(*(_host(float(x)) for x in (total_steps, self.interval, 1 if adaptive else -1)))
         self._sample: Sample | None = None
@@ -185,7 +185,7 @@ class Controller:
         self._record = record = self.window[column % self.interval]
         # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
         norm = _total_norm(grads)
-        if self.step_count == self._restored_at:
+        if self.step_count == self.restored_at:
             loss = loss * math.nan
         cells: Any = record
         finite: Tensor | bool
@@ -233,7 +233,7 @@ class Controller:
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
         state = {name: list(v) if name in PER_GROUP else v for name, v in state.items()}
         state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
-        state |= {HISTORY: torch.stack(self.history), GUARD: self.guard.state()}
+        state |= {HISTORY: torch.stack(self.history), GUARD: self.guard.state_dict()}
         return {**state, INTERVENTIONS: [tuple(i) for i in self.interventions], **self._identity()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -254,7 +254,7 @@ class Controller:
             where = torch.device("cpu") if name in ("control_state", "base_state") else device
             setattr(self, name, None if value is None else value.clone().to(where))
         self.history = History(*state_dict[HISTORY].cpu().unbind())
-        self.guard.load(state_dict[GUARD])
+        self.guard.load_state_dict(state_dict[GUARD])
         self.interventions = [Intervention(*i) for i in state_dict[INTERVENTIONS]]
         self._snapshot = None
         self._losses, self._lrs = [], []
@@ -318,14 +318,14 @@ class Controller:
         if self._mask[LR]:
             self._bound_lr(before, window)
         buffers_at = float(before[MOMENTUM])  # momentum that the optimizer's buffers were filled with
-        reason = self.guard.why_diverged(window, self.history)
+        reason = self.guard.why_diverged(window)
         if reason is not None:
             buffers_at = self._answer_divergence(reason, before)
         else:
             self._note_nonfinite(window)
         if self._moves_momentum:
             self._rescale_momentum(buffers_at, float(self.control_state[MOMENTUM]))
-        if reason is None and self._is_time_for_a_snapshot() and self.guard.is_well(self.history, float(loss)):
+        if reason is None and self._is_time_for_a_snapshot() and self.guard.is_well(float(loss)):
             self._take_snapshot()
         self._open_window(self.interval)
         self._log_decision(window, observation, action, float(influence))
@@ -421,19 +421,21 @@ class Controller:
 
     def _take_snapshot(self) -> None:
         assert self.average_norm is not None
-        self._snapshot = Snapshot(self.optimizer), self.control_state, self.history, self.average_norm.clone()
+        average_norm, guard = self.average_norm.clone(), self.guard.state_dict()
+        self._snapshot = Snapshot(self.optimizer), self.control_state, self.history, average_norm, guard
 
     def _restore(self) -> Tensor:
         """Go back to the snapshot, and return the control state that it was taken under."""
         assert self._snapshot is not None and self.average_norm is not None
-        snapshot, state, self.history, average_norm = self._snapshot
+        snapshot, state, self.history, average_norm, guard = self._snapshot
+        self.guard.load_state_dict({**guard, "ceiling": self.guard.ceiling})
         snapshot.restore(self.optimizer)
         self.average_norm.copy_(average_norm)
-        self._restored_at = self.step_count
+        self.restored_at = self.step_count
         return state
 
     def _note_nonfinite(self, window: Moments) -> None:
-        number = int((~window.grad_norm.isfinite()).sum()) - (self.window_start == self._restored_at)
+        number = int((~window.grad_norm.isfinite()).sum()) - (self.window_start == self.restored_at)
         if number > 0:
             self._intervene(f"{number} of {len(window.grad_norm)} steps without a finite loss and gradient: left out")
 

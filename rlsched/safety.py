@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from rlsched.control import CONTROLS, LR
 from rlsched.moments import Moments
-from rlsched.signals import History
+from rlsched.signals import FAST
 
 ANSWERS = ("cut", "rollback", "raise", None)  # to divergence
 CUT = math.log(10)  # e-folds taken off the learning rate
@@ -43,11 +43,13 @@ class Guard:
 
     def __init__(self) -> None:
         self.nonfinite = 0  # steps in a row, up to the last one
-        self.lowest = math.inf  # of the running average of the log loss
+        self.first = math.nan  # log loss of the first window
+        self.average = math.nan  # running average of the log loss
+        self.lowest = math.nan  # that it was
         self.ceiling = CONTROLS[LR].high  # of the lr control's state
 
-    def why_diverged(self, window: Moments, history: History) -> str | None:
-        """Look at a window, and at the history after it: a reason to say that the run diverges, or None.
+    def why_diverged(self, window: Moments) -> str | None:
+        """Look at a window: a reason to say that the run diverges, or None.
 
         What comes after a divergence is judged anew: it has to get worse by as much to be told again.
         """
@@ -57,21 +59,25 @@ class Guard:
         if self.nonfinite >= NONFINITE_STEPS:
             steps, self.nonfinite = self.nonfinite, 0
             return f"loss or gradient were not finite in the last {steps} steps"
-        first, now = float(history.first_loss), float(history.fast_loss)
-        if math.isnan(now):
+        now = float(window.loss.log().nanmean())  # a loss that has no logarithm does not count
+        if not math.isfinite(now):
             return None
-        lowest = self.lowest = min(self.lowest, now)
-        if now > lowest + RISE and math.exp(now) > (math.exp(first) + math.exp(lowest)) / 2:
-            self.lowest = now
-            return f"the average loss has risen from {math.exp(lowest):.3g} to {math.exp(now):.3g}"
+        if math.isnan(self.first):
+            self.first = self.average = self.lowest = now
+        self.average += FAST * (now - self.average)
+        lowest = self.lowest = min(self.lowest, self.average)
+        if self.average > lowest + RISE and math.exp(self.average) > (math.exp(self.first) + math.exp(lowest)) / 2:
+            self.average = self.lowest = max(now, self.average)
+            return f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(self.average):.3g}"
         return None
 
-    def is_well(self, history: History, loss: float) -> bool:
+    def is_well(self, loss: float) -> bool:
         """Whether a run that does not diverge is nearly as good as ever, its loss at the present weights too."""
         if self.nonfinite or not math.isfinite(loss):
             return False
-        now = float(history.fast_loss)
-        return math.isnan(now) or (now < self.lowest + RISE / 4 and loss < math.exp(now + RISE))
+        return math.isnan(self.first) or (
+            self.average < self.lowest + RISE / 4 and loss < math.exp(self.average + RISE)
+        )
 
     def cut(self, lr_state: float) -> tuple[float, float]:
         """Cut the learning rate to a tenth, after a divergence at the lr control's state `lr_state`.
@@ -84,12 +90,11 @@ class Guard:
         lr = max(low, lr_state - CUT)
         return lr, lr_state - CUT - lr
 
-    def state(self) -> list[float]:
-        return [self.nonfinite, self.lowest, self.ceiling]
+    def state_dict(self) -> dict[str, float]:
+        return dict(self.__dict__)
 
-    def load(self, state: list[float]) -> None:
-        nonfinite, self.lowest, self.ceiling = state
-        self.nonfinite = int(nonfinite)
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.__dict__.update(state_dict)
 
 
 class Snapshot:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
+from helpers import always, assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
 from torch import nn
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
@@ -25,12 +25,6 @@ STAND_STILL = {
     "zero policy": {"policy": SchedulePolicy.zero()},
     "no controls": {"policy": lively_policy(), "controls": ()},
 }
-
-
-def always(**actions):
-    """The policy that takes the same action at every decision."""
-    bias = torch.tensor([actions.get(name, 0.0) for name in CONTROL_NAMES])
-    return SchedulePolicy([(torch.zeros(len(bias), len(OBSERVATIONS)), bias)], safe_start=False)
 
 
 def train_plainly(model, optimizer, steps=STEPS):
