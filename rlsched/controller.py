@@ -32,6 +32,7 @@ AVERAGING = {"Muon", "SGDScheduleFree", "SGDScheduleFreeReference"}
 BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their momentum
 NEVER = -1  # the next decision, after the last one
 MAX_PROBES = 20  # inner steps, until one of them is finite and small enough
+LARGEST = torch.finfo(torch.float32).max  # number in a record
 LOGGER = logging.getLogger("rlsched")
 
 # Keys of a controller's state_dict.
@@ -192,8 +193,10 @@ class Controller:
         if isinstance(norm, Tensor):
             finite = (loss + norm).isfinite()
         else:
-            loss, cells = float(loss), record.numpy()
-            finite = math.isfinite(loss + norm)
+            cells = record.numpy()
+            finite = abs(float(loss)) + norm <= LARGEST
+            if not finite:
+                loss = norm = math.nan
         if not self.shadow:
             safety.zero_unless(finite, grads)
         cells[sampling.LOSS], cells[sampling.GRAD_NORM] = loss, norm
