@@ -10,9 +10,19 @@ from pathlib import Path
 from rlsched.frozen import FrozenSchedule
 from rlsched.optimizer import Controller, ScheduledOptimizer, attach
 from rlsched.policy import SchedulePolicy
+from rlsched.safety import DivergenceError, Intervention
 
 __version__ = "0.1.0"
-__all__ = ["Controller", "FrozenSchedule", "SchedulePolicy", "ScheduledOptimizer", "__version__", "attach"]
+__all__ = [
+    "Controller",
+    "DivergenceError",
+    "FrozenSchedule",
+    "Intervention",
+    "SchedulePolicy",
+    "ScheduledOptimizer",
+    "__version__",
+    "attach",
+]
 
 # In a clone without symbolic links (Windows), envs/, agents/ and experiments/ are found beside this package.
 _here = Path(__file__).resolve().parent

@@ -45,7 +45,7 @@ class FrozenSchedule:
             sums gradients (SGD, RMSprop) and moves as well, the learning rate takes another
             (1 − momentum) / (1 − base momentum).
         momenta: momentum of the first parameter group at each knot, in [0, 1); 0 where it has none.
-        clip_multiples: the gradient norm is clipped to this times its running average; infinite for no clipping.
+        clip_multiples: the gradient norm is clipped to this times its running average, at each knot.
     """
 
     total_steps: int
@@ -66,7 +66,7 @@ class FrozenSchedule:
         for name, allowed, holds in (
             ("lr_factors", "finite and not negative", lambda value: 0 <= value < math.inf),
             ("momenta", "in [0, 1)", lambda value: 0 <= value < 1),
-            ("clip_multiples", "positive", lambda value: value > 0),
+            ("clip_multiples", "finite and positive", lambda value: 0 < value < math.inf),
         ):
             values = getattr(self, name)
             if len(values) != knots:
@@ -91,12 +91,10 @@ class FrozenSchedule:
         return float(np.interp(step, self.steps, self.lr_factors))
 
     def save(self, path: str | Path) -> Path:
-        """Write the schedule as JSON, with null for no clipping; the folder is made if need be. Returns the path."""
+        """Write the schedule as JSON; its folder is made if need be. Returns the path."""
         path = Path(path)
-        values = asdict(self)
-        values["clip_multiples"] = [value if math.isfinite(value) else None for value in self.clip_multiples]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"version": VERSION, **values}, allow_nan=False) + "\n")
+        path.write_text(json.dumps({"version": VERSION, **asdict(self)}, allow_nan=False) + "\n")
         return path
 
     @classmethod
@@ -113,7 +111,7 @@ class FrozenSchedule:
                 raise ValueError(f"it is not of version {VERSION}, which this rlsched reads")
             for name, value in values.items():
                 if isinstance(value, list):
-                    values[name] = tuple(math.inf if number is None else number for number in value)
+                    values[name] = tuple(value)
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} holds no schedule: {error}") from error

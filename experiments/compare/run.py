@@ -120,13 +120,13 @@ def compare(plan: Plan, policy: SchedulePolicy, out: Path, data: Path | None = N
             log_dir = (
                 out / TENSORBOARD / f"{run.task}-{run.optimizer}-{run.steps}" / f"{run.schedule}-x{run.lr_factor:g}"
             )
-            mean = None
+            paths = None
             if run.schedule == REPLAY:
-                mean = _mean_of_others(run, policy, rows)
-                if mean is None:
+                paths = _paths_of_others(run, policy, rows)
+                if paths is None:
                     warnings.warn(f"{path} has runs of an older rlsched, of which there is no replay", stacklevel=2)
                     continue
-            result = perform(run, policy, data, log_dir if run.seed == 0 else None, mean)
+            result = perform(run, policy, data, log_dir if run.seed == 0 else None, paths)
             rows.append({"run": asdict(run), "policy": _policy_of(run, policy), **result, "provenance": origin})
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
@@ -137,7 +137,7 @@ def perform(
     policy: SchedulePolicy,
     folder: Path | None = None,
     log_dir: Path | None = None,
-    control_path: replay.ControlPath | None = None,
+    paths: Sequence[replay.ControlPath] | None = None,
 ) -> dict[str, Any]:
     """Do one run. The initial weights and the order of the data depend on the seed alone.
 
@@ -146,7 +146,7 @@ def perform(
         policy: the scheduling policy.
         folder: of the data files, for tasks that need them.
         log_dir: folder for TensorBoard.
-        control_path: what a replay follows.
+        paths: what a replay follows the mean of.
     """
     task, base = TASKS[run.task], OPTIMIZERS[run.optimizer]
     data = task.data(folder)
@@ -162,8 +162,8 @@ def perform(
     if run.schedule in (POLICY, REPLAY):
         scheduled = ScheduledOptimizer(optimizer, total_steps=run.steps, policy=policy, writer=writer)
         if run.schedule == REPLAY:
-            assert control_path is not None
-            scheduled.controller.policy = replay.Replay(scheduled.controller, control_path)
+            assert paths is not None
+            scheduled.controller.policy = replay.Replay(scheduled.controller, paths)
     else:
         scheduler = SCHEDULES[run.schedule](optimizer, run.steps)
 
@@ -222,8 +222,8 @@ def _batches(task: Task, data: Data, run: Run) -> Iterator[tuple[Tensor, Tensor]
         yield data.inputs[rows], data.labels[rows]
 
 
-def _mean_of_others(run: Run, policy: SchedulePolicy, rows: list[dict[str, Any]]) -> replay.ControlPath | None:
-    """Mean control path of the policy's runs that differ from `run` in the seed alone; None if one has none."""
+def _paths_of_others(run: Run, policy: SchedulePolicy, rows: list[dict[str, Any]]) -> list[replay.ControlPath] | None:
+    """Control paths of the policy's runs that differ from `run` in the seed alone; None if one has none."""
     learned = [
         row
         for row in rows
@@ -232,7 +232,7 @@ def _mean_of_others(run: Run, policy: SchedulePolicy, rows: list[dict[str, Any]]
     ]
     if not all("control_path" in row for row in learned):
         return None
-    return replay.mean([row["control_path"] for row in learned if row["run"]["seed"] != run.seed])
+    return [row["control_path"] for row in learned if row["run"]["seed"] != run.seed]
 
 
 def _short(rows: Sequence[Sequence[float]]) -> list[list[float]]:

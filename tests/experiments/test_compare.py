@@ -95,7 +95,7 @@ def test_replay_of_a_runs_own_path_is_the_run(optimizer, factor):
     """A replay that left out the probe, momentum or clipping would lose to the policy, and adapting seem to win."""
     run = Run("digits", optimizer, 16, POLICY, factor, 3)
     learned = perform(run, lively_policy())
-    replayed = perform(replace(run, schedule=REPLAY), lively_policy(), None, None, learned["control_path"])
+    replayed = perform(replace(run, schedule=REPLAY), lively_policy(), None, None, [learned["control_path"]])
     np.testing.assert_allclose(replayed["control_path"], learned["control_path"], rtol=1e-4)
     for column in (1, 3, 4):  # validation loss, learning rate, momentum
         np.testing.assert_allclose(*(np.array(r["curve"])[:, column] for r in (replayed, learned)), rtol=1e-3)
