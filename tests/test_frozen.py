@@ -53,10 +53,11 @@ for name, options in json.loads(sys.argv[1]).items():
 RUNS = {"SGD": {"lr": 0.1, "momentum": 0.9}, "AdamW": {"lr": 0.01}}
 
 
-def scheduled(model, name="SGD", **options):
+def scheduled(model, name="SGD", lr=None, **options):
     """A scheduled optimizer whose second layer has a learning rate of its own."""
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.003}]
-    return ScheduledOptimizer(getattr(torch.optim, name)(groups, **RUNS[name]), **{**OPTIONS, **options})
+    inner = getattr(torch.optim, name)(groups, **{**RUNS[name], "lr": lr or RUNS[name]["lr"]})
+    return ScheduledOptimizer(inner, **{**OPTIONS, **options})
 
 
 def test_json_replays_the_run_without_rlsched(tmp_path):
@@ -80,11 +81,13 @@ def test_json_replays_the_run_without_rlsched(tmp_path):
         torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_all_controls_are_those_of_the_run(name):
+@pytest.mark.parametrize(
+    ("name", "lr"), [("SGD", 0.1), ("AdamW", 0.01), pytest.param("SGD", 1e9, id="SGD that is probed again")]
+)
+def test_all_controls_are_those_of_the_run(name, lr):
     """A replay of momentum and clipping by hand would follow another run than the one that was good."""
     model = network()
-    optimizer = scheduled(model, name, policy=lively_policy())
+    optimizer = scheduled(model, name, lr, policy=lively_policy())
     hyperparameters, multiples = [], []
     for step in range(STEPS):
         hyperparameters += train(model, optimizer, [step])
@@ -96,8 +99,9 @@ def test_all_controls_are_those_of_the_run(name):
     assert np.array(schedule.clip_multiples)[windows].tolist() == multiples
     assert len(set(multiples)) > 3
     growth = (1 - momenta) / (1 - 0.9) if name == "SGD" else 1
-    lrs = RUNS[name]["lr"] * np.array([schedule(step) for step in range(STEPS)]) * growth
+    lrs = lr * np.array([schedule(step) for step in range(STEPS)]) * growth
     np.testing.assert_allclose(lrs, [groups[0][0] for groups in hyperparameters], rtol=1e-12)
+    assert (optimizer.controller.lr_offset < 0) == (lr == 1e9)
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 7, 250])
