@@ -116,8 +116,8 @@ def safe_offset(predicted_decrease: Tensor, update_ratio: Tensor, growth: Tensor
 
     Args:
         predicted_decrease: ⟨Δθ, g⟩ / loss of the probe, (*batch,); NaN where the loss is not known.
-        update_ratio: ‖Δθ‖ / ‖θ‖ of the probe, (*batch,). One or more says that the weights began near zero, and
-            then there is nothing to compare an update with.
+        update_ratio: ‖Δθ‖ / ‖θ‖ of the probe, (*batch,). Weights that began at zero are nothing to compare an update
+            with. If they began near zero, so that it is one or more, the loss alone decides, where it speaks.
         growth: how many times the first update a later one is, once momentum has built up, (*batch,):
             1 / (1 − momentum) where momentum sums gradients, else 1.
 
@@ -126,7 +126,8 @@ def safe_offset(predicted_decrease: Tensor, update_ratio: Tensor, growth: Tensor
     """
     by_loss = MAX_DECREASE / (predicted_decrease / PROBE).clamp(min=1e-12).nan_to_num(1e-12)
     by_weights = MAX_UPDATE / (growth * update_ratio / PROBE).clamp(min=1e-12)
-    limit = torch.minimum(by_loss, torch.where(update_ratio < 1, by_weights, torch.inf))
+    from_zero = (update_ratio > 1e12) | ((update_ratio >= 1) & (predicted_decrease > 0) & (by_loss >= 1))
+    limit = torch.minimum(by_loss, torch.where(from_zero, torch.inf, by_weights))
     return torch.where(update_ratio.isfinite(), limit.log(), -torch.inf)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlsched import control
+from rlsched import control, moments
 from rlsched.control import CLIP, CONTROLS, LR, MOMENTUM
 from rlsched.spec import control_table
 
@@ -126,9 +126,15 @@ def test_safe_start_leaves_a_harmless_learning_rate():
     """Every run would begin slowly; and weights that begin at zero say nothing about the size of an update."""
     assert safe(0.1 * control.PROBE, 0.001 * control.PROBE) == 0
     assert safe(0.1 * control.PROBE, 1.0) == 0
-    assert safe(-1.0, 1.0) == 0  # uphill: maximizing
+    assert safe(-1.0, 0.001 * control.PROBE) == 0  # uphill: maximizing
     assert safe(math.nan, 0.01 * control.PROBE) == 0
-    assert safe(math.nan, 1.0) == 0
+    assert safe(math.nan, 1e-4 / moments.TINY) == 0
+
+
+def test_safe_start_does_not_take_an_explosion_for_weights_that_began_at_zero():
+    """Weight decay times a learning rate of millions throws weights away without any gradient."""
+    for decrease in (math.nan, 0.0, 1e3 * control.PROBE):
+        assert safe(decrease, 10.0) == CONTROLS[LR].low
 
 
 @pytest.mark.parametrize("decrease, ratio", [(math.nan, math.nan), (math.nan, math.inf), (1e30, 1.0)])
