@@ -13,7 +13,7 @@ from test_resume import saved_and_loaded
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 from rlsched import FrozenSchedule, ScheduledOptimizer, SchedulePolicy, attach
-from rlsched.control import PROBE
+from rlsched.control import CONTROLS, LR, PROBE
 
 STEPS, DECISIONS = 60, 20  # windows of 3 after the probe, a last one of 2
 OPTIONS = {"total_steps": STEPS, "decisions": DECISIONS}
@@ -119,20 +119,38 @@ def test_zero_policy_freezes_to_linear_decay(total_steps):
     assert set(schedule.momenta) == {0}
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5, 59])
-def test_resumed_run_freezes_whole(stop):
-    """The schedule of a job that was preempted would lack all that came before."""
+@pytest.mark.parametrize(("stop", "lr"), [(0, 0.1), (1, 0.1), (59, 0.1), (20, 1e9)])
+def test_resumed_run_freezes_whole(stop, lr):
+    """The schedule of a job that was preempted would lack all that came before, or what a second probe found."""
     model = network()
-    whole = scheduled(model, policy=lively_policy())
+    whole = scheduled(model, lr=lr, policy=lively_policy())
     train(model, whole, range(STEPS))
     model = network()
-    optimizer = scheduled(model, policy=lively_policy())
+    optimizer = scheduled(model, lr=lr, policy=lively_policy())
     train(model, optimizer, range(stop))
     state = saved_and_loaded(optimizer.state_dict())
-    optimizer = scheduled(model, policy=lively_policy())
+    optimizer = scheduled(model, lr=lr, policy=lively_policy())
     optimizer.load_state_dict(state)
     train(model, optimizer, range(stop, STEPS))
     assert optimizer.freeze() == whole.freeze()
+
+
+def test_cut_that_the_control_cannot_reach_is_frozen():
+    """A run that only survived since its learning rate was cut would diverge when replayed."""
+    model = network()
+    optimizer = scheduled(model, policy=SchedulePolicy.zero())
+    optimizer.controller.control_state[LR] = CONTROLS[LR].low + 1  # taken up at the first decision, before step 1
+    hyperparameters = train(model, optimizer, range(4))
+    for _ in range(4, 7):
+        for p in model.parameters():
+            p.grad.fill_(math.nan)
+        optimizer.step(loss=math.nan)
+    hyperparameters += train(model, optimizer, range(7, STEPS))
+    schedule = optimizer.freeze()
+    cut = math.exp(CONTROLS[LR].low + 1) / 10
+    assert [schedule(n) for n in range(7, STEPS)] == pytest.approx([cut * (1 - n / STEPS) for n in range(7, STEPS)])
+    lrs = [groups[0][0] for groups in hyperparameters]
+    assert [0.1 * schedule(n) for n in (*range(4), *range(7, STEPS))] == pytest.approx(lrs, rel=1e-12)
 
 
 def test_unfinished_run_holds_its_last_decision():
