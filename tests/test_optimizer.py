@@ -8,9 +8,8 @@ from helpers import always, assert_finite_weights, assert_same_weights, lively_p
 from torch import nn
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
-from rlsched.control import CLIP, CONTROL_NAMES, LR, PROBE, move
+from rlsched.control import CLIP, LR, PROBE, move
 from rlsched.sampling import moments_of
-from rlsched.signals import OBSERVATIONS
 
 STEPS = 40
 OPTIMIZERS = {
