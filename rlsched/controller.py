@@ -196,10 +196,13 @@ class Controller:
 
         column = self.step_count - self.window_start
         self._record = record = self.window[column % self.interval]
+        if self.step_count == self.restored_at:  # the gradients are of weights that are no more
+            self._measured = False
+            for p in parameters:
+                p.grad = None
+            return
         # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
         norm = _total_norm(grads)
-        if self.step_count == self.restored_at:
-            loss = loss * math.nan
         cells: Any = record
         finite: Tensor | bool
         if isinstance(norm, Tensor):
@@ -417,14 +420,16 @@ class Controller:
         growth = _host(1 / (1 - self._first_momentum()) if self._sums_gradients() else 1.0)
         offset = control.safe_offset(window.predicted_decrease[-1], window.update_ratio[-1], growth)
         is_finite = bool(window.grad_norm[-1].isfinite())
-        went_too_far = is_finite and bool(offset < control.CONTROLS[LR].low) and self._snapshot is not None
+        went_too_far = is_finite and bool(offset < control.CONTROLS[LR].low)
+        self._note_nonfinite(window)
         if went_too_far:
-            self._restore()
             self.lr_offset += math.log(control.PROBE)
             self._intervene(f"a step at {control.PROBE:.0e} of the lr went too far: undone, the lr scaled by as much")
-        self._note_nonfinite(window)
-        if (went_too_far or not is_finite) and self.step_count < min(MAX_PROBES, self.total_steps - 1):
-            return True
+        if went_too_far or not is_finite:
+            if self._snapshot is not None and self.window_start != self.restored_at:
+                self._restore()
+            if self.step_count < min(MAX_PROBES, self.total_steps - 1):
+                return True
         if offset < 0:
             factor = max(offset.exp().item(), control.PROBE)
             self._intervene(f"a step at the full lr would go too far: scaled by {factor:.2g}", logging.INFO)

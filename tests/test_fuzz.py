@@ -45,9 +45,10 @@ POLICIES = [lively_policy(), lively_policy(5), SchedulePolicy.zero(), SchedulePo
     on_divergence=st.sampled_from(["cut", "rollback", "raise", None]),
     bounds=st.sampled_from([(0.0, math.inf), (1e-4, 1e-2)]),
     resume=st.booleans(),
+    everywhere=st.booleans(),
 )
 def test_weights_stay_finite_and_learning_rates_in_bounds(
-    sequence, make, policy, lr, total_steps, on_divergence, bounds, resume
+    sequence, make, policy, lr, total_steps, on_divergence, bounds, resume, everywhere
 ):
     """A wrapper that one bad number brings down, or lets through to the weights, is not left alone with a long run."""
     if policy is POLICIES[-2] or total_steps == 1:
@@ -69,7 +70,9 @@ def test_weights_stay_finite_and_learning_rates_in_bounds(
     steps = [step for part in sequence for step in part]
     for i, (loss, scale) in enumerate(steps):
         for p in model.parameters():
-            p.grad = scale * torch.randn_like(p)
+            p.grad = torch.randn_like(p)
+            bad = p.grad if everywhere else p.grad.view(-1)[:1]
+            bad.mul_(scale)
         if resume and i == len(steps) // 2:
             state, optimizer = optimizer.state_dict(), scheduled()
             optimizer.load_state_dict(state)
