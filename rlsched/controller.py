@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from rlsched import control, moments, safety, sampling, signals
 from rlsched.control import CLIP, CONTROL_NAMES, LR, MOMENTUM
+from rlsched.frozen import FrozenSchedule, Window
 from rlsched.moments import Moments
 from rlsched.policy import SchedulePolicy
 from rlsched.safety import ANSWERS, SNAPSHOT_INTERVAL, DivergenceError, Guard, Intervention, Snapshot
@@ -36,8 +37,17 @@ LARGEST = torch.finfo(torch.float32).max  # number in a record
 LOGGER = logging.getLogger("rlsched")
 
 # Keys of a controller's state_dict.
-PER_GROUP = ("base_lrs", "base_momenta")
-SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped", "probing", "restored_at")
+LISTS = ("base_lrs", "base_momenta", "control_path")
+SCALARS = (
+    "step_count",
+    "window_start",
+    "window_length",
+    "next_decision",
+    "skipped",
+    "probing",
+    "restored_at",
+    "lr_offset",
+)
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
 HISTORY, GUARD, INTERVENTIONS = "history", "guard", "interventions"
 TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "total_steps", "interval", "controls", "policy"
@@ -116,6 +126,7 @@ class Controller:
             self._adopt(group)
         self.base_state = control.initial_state(_host(self._first_momentum()))
         self.control_state = self.base_state.clone()
+        self.lr_offset = 0.0  # added to the lr control's state, where that does not reach low enough
         self.history = signals.start(device=self.base_state.device)
         self._mask = _host([float(name in self.controls) for name in CONTROL_NAMES])
         if self._first_momentum() == 0:
@@ -138,6 +149,7 @@ class Controller:
         self._handles: list[RemovableHandle] = []
         self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._apply()
+        self.control_path = [self._place()]  # of each window
 
     # --- What a training loop calls ---------------------------------------------------------------------------------
 
@@ -235,9 +247,9 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as tensors, numbers and strings."""
-        names = (*PER_GROUP, *SCALARS, *TENSORS)
+        names = (*LISTS, *SCALARS, *TENSORS)
         state: dict[str, Any] = {name: getattr(self, name) for name in names}
-        state = {name: list(v) if name in PER_GROUP else v for name, v in state.items()}
+        state = {name: list(v) if name in LISTS else v for name, v in state.items()}
         state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
         state |= {HISTORY: torch.stack(self.history), GUARD: self.guard.state_dict()}
         return {**state, INTERVENTIONS: [tuple(i) for i in self.interventions], **self._identity()}
@@ -252,9 +264,9 @@ class Controller:
             if state_dict[name] != value:
                 raise ValueError(f"state_dict is of a run with {name}={state_dict[name]!r}, this one has {value!r}")
         device = self._parameters()[0].device
-        for name in (*PER_GROUP, *SCALARS):
+        for name in (*LISTS, *SCALARS):
             value = state_dict[name]
-            setattr(self, name, list(value) if name in PER_GROUP else value)
+            setattr(self, name, list(value) if name in LISTS else value)
         for name in TENSORS:
             value = state_dict[name]
             where = torch.device("cpu") if name in ("control_state", "base_state") else device
@@ -286,6 +298,37 @@ class Controller:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": [], "_sample": None, "_snapshot": None, "_last_grad": self.last_grad}
+
+    def freeze(self) -> FrozenSchedule:
+        """The schedule that this run followed, to be replayed without a policy.
+
+        Frozen is what was decided, not what is done beside it: `max_grad_norm`, `lr_bounds`, steps that were left out
+        since they were not finite, weights that were rolled back. Of a run with decisions still to come, the last one
+        is held to the end, with a warning.
+
+        Raises:
+            ValueError: the run follows a torch scheduler, or is in shadow mode, so that the learning rate was not the
+                policy's.
+        """
+        if self.follow_scheduler:
+            raise ValueError(
+                "follow_scheduler=True: the learning rate is a torch scheduler's times the policy's factor, and is no "
+                "schedule of its own to freeze"
+            )
+        if self.shadow:
+            raise ValueError(
+                "shadow=True: the run followed another schedule than the policy's, so there is none to freeze"
+            )
+        if self.next_decision != NEVER:
+            self._warn(
+                "unfinished",
+                f"the run is at step {self.step_count} of {self.total_steps}: its last decision is held to the end",
+            )
+        windows = []
+        for step, lr, momentum, clip in self.control_path:
+            momentum = 0.0 if self._first_momentum() == 0 else self._momentum(0, momentum)
+            windows.append(Window(int(step), math.exp(lr), momentum, float(control.clip_multiple(_host(clip)))))
+        return FrozenSchedule.of(windows, self.total_steps, self.base_lrs)
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
@@ -344,6 +387,7 @@ class Controller:
         if self.next_decision >= self.total_steps:  # the last window takes what is left, and nothing follows it
             self.next_decision = NEVER
         self._apply()
+        self.control_path.append(self._place())
 
     def _log_decision(self, window: Moments, observation: Tensor, action: Tensor, influence: float) -> None:
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -379,7 +423,7 @@ class Controller:
         went_too_far = is_finite and bool(offset < control.CONTROLS[LR].low)
         self._note_nonfinite(window)
         if went_too_far:
-            self.base_lrs = [lr * control.PROBE for lr in self.base_lrs]
+            self.lr_offset += math.log(control.PROBE)
             self._intervene(f"a step at {control.PROBE:.0e} of the lr went too far: undone, the lr scaled by as much")
         if went_too_far or not is_finite:
             if self._snapshot is not None and self.window_start != self.restored_at:
@@ -418,7 +462,7 @@ class Controller:
             if self._mask[LR]:
                 lr, rest = self.guard.cut(float(before[LR]))
                 self.control_state[LR] = lr
-                self.base_lrs = [base * math.exp(rest) for base in self.base_lrs]
+                self.lr_offset += rest
                 answer.append("lr cut to a tenth")
             self._intervene(f"{reason}: {' and '.join(answer) or 'nothing is done, as lr is not among the controls'}")
         return float(buffers_at)
@@ -490,16 +534,18 @@ class Controller:
         """Work out what the control state means for each parameter group, until it changes."""
         groups = range(len(self.base_lrs))
         self._ranks = _world_size()
-        lr, momentum, _ = self.control_state.tolist()
+        _, lr, momentum, _ = self._place()
         self._multiple = float(control.clip_multiple(self.control_state[CLIP]))
         self._momenta = [self._momentum(i, momentum) for i in groups]
-        if self.probing:
-            self._factors = [control.PROBE for _ in groups]
-            return
         self._factors = [math.exp(lr) for _ in groups]
         if self._sums_gradients():
             for i, (momentum, base) in enumerate(zip(self._momenta, self.base_momenta, strict=True)):
                 self._factors[i] *= (1 - momentum) / (1 - base) if base > 0 else 1
+
+    def _place(self) -> tuple[float, ...]:
+        """Where the controls are: inner step, log of the factor on the fallback lr, states of momentum and clip."""
+        lr, momentum, clip = self.control_state.tolist()
+        return self.step_count, (math.log(control.PROBE) if self.probing else lr) + self.lr_offset, momentum, clip
 
     def _set_hyperparameters(self) -> None:
         if self.step_count == self.total_steps:
