@@ -1,7 +1,5 @@
 """A ScheduledOptimizer that Accelerate has prepared: real trainings, held against the same training in a plain loop."""
 
-import os
-
 import pytest
 import torch
 from helpers import assert_same_weights, lively_policy, network
@@ -13,18 +11,22 @@ from rlsched import ScheduledOptimizer, attach
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DataLoaderConfiguration
 
 BATCHES, EPOCHS = 10, 3
 STEPS = BATCHES * EPOCHS
 OPTIONS = {"policy": lively_policy(), "decisions": 8}  # decides before the steps 1, 5, 9 ...
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
+def forget():
     """Accelerate keeps the choices of the first Accelerator for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    """Each test makes an Accelerator of its own."""
+    forget()
 
 
 def data():
@@ -99,55 +101,25 @@ def test_training_is_that_of_a_plain_loop(options):
     assert_same_weights(net, expected)
 
 
-def prepared(attached):
+def prepared(accelerator, attached):
     """A network and all that trains it, the schedule being the wrapper or attached."""
-    accelerator, net = Accelerator(cpu=True), network()
+    net = network()
     optimizer = adamw(net.parameters()) if attached else scheduled(net.parameters())
     schedule = attach(optimizer, total_steps=STEPS, **OPTIONS) if attached else optimizer
     net, optimizer, loader = accelerator.prepare(net, optimizer, data())
     if attached:
         accelerator.register_for_checkpointing(schedule)
-    return accelerator, net, loader, optimizer, schedule
+    return net, loader, optimizer, schedule
 
 
 @pytest.mark.parametrize("attached", [False, True], ids=["wrapper", "attached"])
 def test_resumed_run_is_bit_equal(attached, tmp_path):
     """A resume with another learning rate is what users of schedule wrappers complain of most."""
-    one = prepared(attached)
-    train(*one, epochs=1)
-    one[0].save_state(tmp_path)
-    lrs = train(*one, epochs=2)
-    two = prepared(attached)
-    two[0].load_state(tmp_path)
-    assert train(*two, epochs=2) == lrs
-    assert_same_weights(two[1], one[1])
-
-
-def train_rank(rank, folder):
-    """One of two processes, which share each batch of the plain loop."""
-    torch.set_num_threads(1)
-    launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ |= {name: str(value) for name, value in launcher.items()}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    accelerator, net = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True)), network()
-    schedule = scheduled(net.parameters())
-    net, optimizer, loader = accelerator.prepare(net, schedule, data())
-    assert accelerator.num_processes == 2
-    lrs = train(accelerator, net, loader, optimizer, schedule)
-    torch.save([lrs, net.module.state_dict()], f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_make_one_step_at_a_time(tmp_path):
-    """Accelerate steps a scheduler once for every process; the learning rate would decay twice as fast as it should.
-
-    Each process sees half of every batch, and both together what the plain loop sees.
-    """
-    torch.multiprocessing.spawn(train_rank, (str(tmp_path),), nprocs=2)
-    (lrs, weights), (other_lrs, other_weights) = (torch.load(tmp_path / str(rank)) for rank in range(2))
-    net, expected = loop()
-    assert lrs == other_lrs
-    assert lrs == pytest.approx(expected, rel=1e-3)
-    for name, weight in net.state_dict().items():
-        assert torch.equal(weights[name], other_weights[name])
-        torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+    first, second = Accelerator(cpu=True), Accelerator(cpu=True)
+    one, two = prepared(first, attached), prepared(second, attached)
+    train(first, *one, epochs=1)
+    first.save_state(tmp_path)
+    lrs = train(first, *one, epochs=2)
+    second.load_state(tmp_path)
+    assert train(second, *two, epochs=2) == lrs
+    assert_same_weights(two[0], one[0])
