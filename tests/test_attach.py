@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import assert_same_weights, lively_policy, loss_at, network, train
+from helpers import assert_same_weights, driven, lively_policy, loss_at, network, train
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
 
@@ -58,6 +58,38 @@ def test_attached_run_is_the_wrapped_run(make, report):
         report(controller, optimizer, closure)
     assert evaluated == list(range(STEPS))
     assert_same_weights(attached, wrapped)
+
+
+@pytest.mark.parametrize("lr, step", [(0.01, 31), (1e6, None)], ids=["rolled back", "probed again"])
+@pytest.mark.parametrize("report", [by_keyword, by_closure])
+def test_weights_that_were_taken_back_are_not_stepped_from(report, lr, step):
+    """A closure that is evaluated again at the snapshot would make a step that is neither measured nor clipped."""
+
+    def run(attached):
+        model, evaluated = network(), []
+        options = {"total_steps": 100, "decisions": 20, "policy": lively_policy(), "on_divergence": "rollback"}
+        optimizer, controller = driven(
+            attach if attached else ScheduledOptimizer, torch.optim.AdamW(model.parameters(), lr), **options
+        )
+        for now in range(60):
+            if now == step:
+                with torch.no_grad():
+                    model[0].weight.add_(1000)
+                    model[2].weight.mul_(1000)
+
+            def closure(now=now):
+                evaluated.append(now)
+                optimizer.zero_grad()
+                loss = loss_at(model, now)
+                loss.backward()
+                return loss
+
+            (report if attached else by_keyword)(controller, optimizer, closure)
+        assert evaluated == list(range(60))
+        assert any("rolled back" in message or "undone" in message for _, message in controller.interventions)
+        return model
+
+    assert_same_weights(run(True), run(False))
 
 
 def test_optimizer_stays_the_users_own():
