@@ -282,7 +282,7 @@ def test_schedule_is_frozen_after_training(wrapped):
 
 @BOTH
 def test_steps_that_are_taken_back_are_those_of_a_plain_loop(wrapped):
-    """A learning rate that would explode is survived by going back to a snapshot, of which the Trainer knows nothing."""
+    """Steps are taken back when a learning rate would explode, of which the Trainer knows nothing."""
     options = {"on_divergence": "rollback"}
     net, callback, it = run(wrapped, lr=1e6, schedule=options, **EVERY_STEP)
     expected, lrs, _ = loop(lr=1e6, **options)
