@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from rlsched.controller import Controller
-
-STATE_KEY = "rlsched"  # of the controller's state in an optimizer's state_dict
+from rlsched.controller import STATE_KEY, Controller
 
 __all__ = ["Controller", "ScheduledOptimizer", "attach"]
 
@@ -76,6 +74,9 @@ class ScheduledOptimizer(Optimizer):
         self.controller = Controller(optimizer, **options)
         # Hook tables and the patched `step` of the base class, but not its parameter groups: those are delegated.
         super().__setstate__({"defaults": optimizer.defaults})
+        # The first group has the controller's state in a state_dict, since torch.distributed.checkpoint drops all that
+        # is not in a group or of a parameter; and it looks into the live group for what to load.
+        optimizer.param_groups[0][STATE_KEY] = b""
 
     # Optimizers rebind these in load_state_dict, so a copied reference would go stale.
     @property
@@ -141,18 +142,21 @@ class ScheduledOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state_dict, with the controller's under "rlsched"."""
-        return {**self.optimizer.state_dict(), STATE_KEY: self.controller.state_dict()}
+        """The wrapped optimizer's state_dict, with the controller's state in the first parameter group."""
+        state_dict = self.optimizer.state_dict()
+        state_dict["param_groups"][0].update(self.controller.state_dict())
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was; see `Controller.load_state_dict` for the errors."""
-        if STATE_KEY not in state_dict:
+        first, *others = state_dict.get("param_groups") or [{}]
+        if not first.get(STATE_KEY):
             raise ValueError(
-                f"state_dict has no {STATE_KEY!r}, so it is not of a ScheduledOptimizer; a plain optimizer's is for "
-                "the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
+                f"state_dict has no {STATE_KEY!r} in its first parameter group, so it is not of a ScheduledOptimizer; "
+                "a plain optimizer's is for the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
             )
-        self.controller.load_state_dict(state_dict[STATE_KEY])
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+        self.controller.load_state_dict({STATE_KEY: first[STATE_KEY]})
+        self.optimizer.load_state_dict({**state_dict, "param_groups": [{**first, STATE_KEY: b""}, *others]})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "controller": self.controller, "defaults": self.defaults}
