@@ -76,7 +76,7 @@ class ScheduledOptimizer(Optimizer):
         super().__setstate__({"defaults": optimizer.defaults})
         # The first group has the controller's state in a state_dict, since torch.distributed.checkpoint drops all that
         # is not in a group or of a parameter; and it looks into the live group for what to load.
-        optimizer.param_groups[0][STATE_KEY] = b""
+        optimizer.param_groups[0][STATE_KEY] = None
 
     # Optimizers rebind these in load_state_dict, so a copied reference would go stale.
     @property
@@ -156,7 +156,7 @@ class ScheduledOptimizer(Optimizer):
                 "a plain optimizer's is for the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
             )
         self.controller.load_state_dict({STATE_KEY: first[STATE_KEY]})
-        self.optimizer.load_state_dict({**state_dict, "param_groups": [{**first, STATE_KEY: b""}, *others]})
+        self.optimizer.load_state_dict({**state_dict, "param_groups": [{**first, STATE_KEY: None}, *others]})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "controller": self.controller, "defaults": self.defaults}
