@@ -3,6 +3,7 @@
 import copy
 import math
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import lively_policy, loss_at, network
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -138,19 +139,44 @@ SAVES = {  # optimizer, face, and options of torch's helpers
 }
 
 
-def trained(rank, spread, make, size="whole", spoil=None):
-    """A whole run, measured on a sample of this size."""
+@contextmanager
+def samples_of(size):
+    """Networks are measured on samples of so many numbers."""
     sampling.SIZE, before = SIZES[size], sampling.SIZE
     try:
-        return Training(rank, spread, make).run(range(STEPS), spoil).result()
+        yield
     finally:
         sampling.SIZE = before
+
+
+def trained(rank, spread, make, size="whole", spoil=None):
+    """A whole run."""
+    with samples_of(size):
+        return Training(rank, spread, make).run(range(STEPS), spoil).result()
 
 
 def loss_on_one_rank(rank):
     """Only the first rank reports a loss."""
     it = Training(rank, replicated, OPTIMIZERS["SGD"]).run([0], report=rank == 0)
     return it.controller.window[0, sampling.LOSS].clone()
+
+
+def flat_shards(rank):
+    """What the wrapper says of FSDP1, whose parameters are flat."""
+    model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
+    try:
+        ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=STEPS)
+    except ValueError as error:
+        return [str(error)]
+
+
+def unlike_replicas(rank):
+    """The second rank measures what it measures a little differently, as another kind of processor might."""
+    it = Training(rank, replicated, OPTIMIZERS["SGD"])
+    for step in range(STEPS):
+        it.run([step])
+        it.controller.window[:, sampling.PRODUCTS] *= 1 + 1e-3 * rank * torch.rand(25)
+    return it.result()
 
 
 def resumed_replicas(rank, make, folder):
@@ -163,9 +189,8 @@ def resumed_replicas(rank, make, folder):
     again = Training(rank, replicated, make)
     again.model.load_state_dict(model)
     again.optimizer.load_state_dict(optimizer)
-    results = it.run(range(STOP, STEPS)).result(), again.run(range(STOP, STEPS)).result()
-    dist.barrier()
-    return [{**result, "path": result["path"][-(STEPS - STOP) :]} for result in results]
+    again.path = it.path[:]
+    return [training.run(range(STOP, STEPS)).result() for training in (it, again)]
 
 
 def resumed_shards(rank, make, folder, face, options):
@@ -188,10 +213,12 @@ def resumed_shards(rank, make, folder, face, options):
         optim_state_dict=loaded["optimizer"],
         options=options,
     )
-    results = it.run(range(STOP, STEPS)).result(), again.run(range(STOP, STEPS)).result()
-    return [{**result, "path": result["path"][-(STEPS - STOP) :]} for result in results]
+    assert again.controller.state_dict() == it.controller.state_dict()
+    again.path = it.path[:]
+    return [training.run(range(STOP, STEPS)).result() for training in (it, again)]
 
 
+@samples_of("sampled")
 def gathered_state(rank):
     """The state of a sharded run as one process would have it, and how that run ends."""
     it = Training(rank, sharded, OPTIMIZERS["AdamW"]).run(range(STOP))
@@ -222,6 +249,8 @@ def jobs(folder):
                     lambda rank, s=spread, f=spoil: trained(rank, s, OPTIMIZERS["AdamW"], spoil=f),
                 )
     yield "loss on one rank", loss_on_one_rank
+    yield "unlike", unlike_replicas
+    yield "flat shards", flat_shards
     yield "gathered", gathered_state
 
 
@@ -316,23 +345,42 @@ def test_loss_of_one_rank_will_do(ranks):
     assert_close(one, loss_of(0, network(), 0).detach())
 
 
+def test_shards_that_do_not_say_of_what_are_refused(ranks):
+    """FSDP1's ranks would each follow a schedule for their own shard, and nobody would know."""
+    for message in ranks("flat shards"):
+        assert "shard the model with torch.distributed.fsdp.fully_shard" in message[0]
+
+
+def test_ranks_that_measure_unlike_decide_alike(ranks):
+    """Where processors are of several kinds, what replicas measure differs in its last bits, and so would schedules."""
+    one, other = ranks("unlike")
+    assert_same(one, other)
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_replicas_resume_bit_equal(ranks, kind):
     """A job that is preempted would train another network than one that is not."""
-    for rank in ranks(("resumed", kind)):
-        assert_same(*rank)
+    expected, _ = ranks(("replicated", kind))
+    for saved, resumed in ranks(("resumed", kind)):
+        assert_same(saved, expected)
+        assert_same(resumed, expected)
 
 
 @pytest.mark.parametrize("way", SAVES)
 def test_shards_resume_bit_equal(ranks, way):
     """torch's checkpoints of sharded models, in which the schedule has to find a place, would start it anew."""
-    for rank in ranks(("saved", way)):
-        assert_same(*rank)
+    kind, *_ = SAVES[way]
+    expected, _ = ranks(("sharded", kind))
+    for saved, resumed in ranks(("saved", way)):
+        assert_same(saved, expected)
+        assert_same(resumed, expected)
 
 
+@samples_of("sampled")
 def test_run_of_two_ranks_goes_on_alone(ranks):
     """A run that was sharded could not go on with another number of processes."""
     ((model, optimizer), end), _ = ranks("gathered")
     it = Training(None, alone, OPTIMIZERS["AdamW"])
     set_state_dict(it.model, it.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-    assert_close(it.run(range(STOP, STEPS)).result()["weights"], end["weights"])
+    result = it.run(range(STOP, STEPS)).result()
+    assert_close(result, {**end, "path": end["path"][-(STEPS - STOP) :]})
