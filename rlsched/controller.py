@@ -288,7 +288,7 @@ class Controller:
             for norm in norms:
                 average = moments.average_norm(average, norm)
             self.average_norm.fill_(average)
-        if not self._loss_was_reported:
+        if not self._loss_was_reported and window.loss.isnan().all():  # nor on another rank
             self._warn(
                 "no loss",
                 "no loss was reported, so the schedule follows the gradients alone: pass step(loss=loss) or a closure",

@@ -114,26 +114,31 @@ def _reduced(tensor: Tensor, operation: Any) -> Tensor:
 class Part(NamedTuple):
     """Which numbers of the part of a tensor on this rank are in a sample of the whole, and where in it they stand."""
 
-    taken: Any  # slice, or index (numbers,), into the flat part
-    place: Any  # slice, or index (numbers,), into the sample
+    taken: slice | Tensor  # into the flat part; a tensor is an index (numbers,)
+    place: slice | Tensor  # into the sample
 
 
 def part_of_every(tensor: Any, every: int, begin: int) -> Part:
     """This rank's part in a sample of every k-th number of a whole tensor, which stands at `begin` in a larger one."""
     if not is_sharded(tensor):
         return Part(slice(None, None, every), slice(begin, begin - (-tensor.numel() // every)))
-    shape = tuple(tensor.shape)
     chunks = tensor.__create_chunk_list__()  # what torch.distributed.checkpoint asks a DTensor
-    sizes, offsets = (tuple(chunks[0].sizes), tuple(chunks[0].offsets)) if chunks else ((0,) * len(shape), shape)
+    nothing = [0] * tensor.ndim
+    offsets, sizes = (chunks[0].offsets, chunks[0].sizes) if chunks else (nothing, nothing)
+    part = block_of_every(tensor.shape, offsets, sizes, every, begin)
+    return Part(*(x if isinstance(x, slice) else x.to(tensor.device) for x in part))
+
+
+def block_of_every(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], every: int, begin: int) -> Part:
+    """The part that a block of `sizes`, which begins at `offsets` of a tensor, has in such a sample."""
     cut = [i for i, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
     last = cut[-1] if cut else 0  # the last dimension that is cut: from there on, numbers lie side by side
-    begins = np.zeros(1, dtype=np.int64)  # in the whole tensor, of each such run
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    begins = np.full(1, offsets[last] * strides[last])  # in the whole tensor, of each such run of numbers
     for i in range(last):
-        begins = (begins[:, None] + math.prod(shape[i + 1 :]) * (offsets[i] + np.arange(sizes[i]))).ravel()
-    inner = math.prod(shape[last + 1 :])
-    begins = begins + (offsets[last] * inner if shape else 0)
-    length = sizes[last] * inner if shape else 1
-    first = -begins % every
+        begins = (begins[:, None] + strides[i] * (offsets[i] + np.arange(sizes[i]))).ravel()
+    length = sizes[last] * strides[last]
+    first = -begins % every  # in each run
     counts = np.maximum(0, -(-(length - first) // every))
     places = begin + (begins + first) // every
     if len(begins) == 1:
@@ -141,6 +146,4 @@ def part_of_every(tensor: Any, every: int, begin: int) -> Part:
         return Part(slice(int(first[0]), None, every), slice(place, place + int(counts[0])))
     run = np.repeat(np.arange(len(begins)), counts)
     nth = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
-    index = run * length + first[run] + every * nth
-    device = tensor.device
-    return Part(torch.from_numpy(index).to(device), torch.from_numpy(places[run] + nth).to(device))
+    return Part(torch.from_numpy(run * length + first[run] + every * nth), torch.from_numpy(places[run] + nth))

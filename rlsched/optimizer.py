@@ -58,10 +58,13 @@ class ScheduledOptimizer(Optimizer):
         - A step without any gradient is passed on, warned about once, and does not count.
         - The first step is taken at a thousandth of the learning rate, to learn whether the full one would diverge.
         - An optimizer without momentum (SGD's default) keeps it that way.
-        - Where torch.distributed is initialized, all ranks have to report a loss, or none; its mean counts.
+        - Where torch.distributed is initialized, all ranks of its default group train one model, and take the same
+          steps and decisions: by the mean loss of those ranks that report one, and by the gradients of the whole
+          model. With parameters that `fully_shard` (FSDP2) has sharded, all ranks have to call `state_dict`.
 
     Raises:
-        ValueError: an argument is out of its range, the optimizer has no "lr", or gradients are sparse.
+        ValueError: an argument is out of its range, the optimizer has no "lr", gradients are sparse, or parameters
+            are those of FSDP1.
         FileNotFoundError, PolicyFileError: the policy cannot be loaded.
     """
 
@@ -178,8 +181,8 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
 
     Returns:
         The controller. Its `observe(loss)` reports losses, unless they come with `optimizer.step(loss=loss)` or a
-        closure; its `state_dict` has to be saved beside the optimizer's; `detach()` takes the hooks off. Hooks
-        are lost when torch copies or pickles an optimizer.
+        closure; its `state_dict` has to be saved beside the optimizer's (`torch.distributed.checkpoint` takes the
+        controller itself); `detach()` takes the hooks off. Hooks are lost when torch copies or pickles an optimizer.
     """
     if isinstance(optimizer, ScheduledOptimizer):
         raise ValueError("optimizer is a ScheduledOptimizer already")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +38,16 @@ class Sample:
         self.parameters = parameters
         self.chosen = _without_the_smallest(parameters) if self._every > 1 else parameters
         # Of tensors that do not lie in the order of their dimensions (channels last): the order in which they lie.
-        self._orders = [None if p.is_contiguous() else np.argsort(p.stride())[::-1].tolist() for p in self.chosen]
+        plain = [p.is_contiguous() or distributed.is_sharded(p) for p in self.chosen]
+        self._orders = [
+            None if is_plain else np.argsort(p.stride())[::-1].tolist()
+            for p, is_plain in zip(self.chosen, plain, strict=True)
+        ]
         self._kept: dict[int, tuple[list[int], list[Tensor]]] = {}
         shares = distributed.shares(self.chosen)
         self._sharded = shares is not None
-        self._taken: list[Any] = [slice(None, None, self._every) for _ in self.chosen]
-        self._places: list[Any] = []  # of what is taken of each shard, in the sample of the whole network
+        self._taken: list[slice | Tensor] = [slice(None, None, self._every) for _ in self.chosen]
+        self._places: list[slice | Tensor] = []  # of what is taken of each shard, in the sample of the whole network
         self._whole = 0  # length of that
         if self._sharded:
             for i, p in enumerate(self.chosen):

@@ -3,8 +3,10 @@
 import copy
 import math
 import traceback
+import warnings
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from rlsched import ScheduledOptimizer, attach, sampling
+from rlsched import ScheduledOptimizer, attach, distributed, sampling
 
 STEPS, STOP = 30, 14  # windows of 4, after the first inner step; the save is in the middle of one
 OPTIMIZERS = {
@@ -156,9 +158,13 @@ def trained(rank, spread, make, size="whole", spoil=None):
 
 
 def loss_on_one_rank(rank):
-    """Only the first rank reports a loss."""
+    """Only the first rank reports a loss; no rank warns that there is none."""
     it = Training(rank, replicated, OPTIMIZERS["SGD"]).run([0], report=rank == 0)
-    return it.controller.window[0, sampling.LOSS].clone()
+    seen = it.controller.window[0, sampling.LOSS].clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        it.run([1], report=rank == 0)
+    return seen
 
 
 def flat_shards(rank):
@@ -318,6 +324,24 @@ def test_sample_of_shards_is_the_sample_of_the_network(ranks, spread, size):
     one, other = ranks((spread, size))
     assert_same(one, other)
     assert_close(one, trained(None, alone, OPTIMIZERS["SGD"], size))
+
+
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize("cuts", [(0, 5), (0, 2, 2, 5), (0, 1, 3, 5)])
+def test_blocks_have_every_number_of_a_sample_once(cuts, every):
+    """Where ranks cut a matrix along two dimensions (FSDP2 with tensor parallelism), numbers would be counted twice."""
+    whole = torch.arange(5 * 5 * 3).view(5, 5, 3)
+    sample = torch.full((100,), -1)
+    for rows in pairwise(cuts):
+        for columns in pairwise(cuts):
+            block = whole[slice(*rows), slice(*columns)]
+            offsets = (rows[0], columns[0], 0)
+            taken, place = distributed.block_of_every(whole.shape, offsets, block.shape, every, begin=4)
+            assert (sample[place] == -1).all()
+            sample[place] = block.reshape(-1)[taken]
+    expected = whole.reshape(-1)[::every]
+    assert sample[4 : 4 + len(expected)].equal(expected)
+    assert (sample == -1).sum() == 100 - len(expected)
 
 
 @pytest.mark.parametrize(
