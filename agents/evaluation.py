@@ -18,6 +18,7 @@ class Evaluation(NamedTuple):
 
     returns: NDArray[np.float64]  # (episodes,): log(first / last validation loss), at least −2
     diverged: NDArray[np.bool_]  # (episodes,): ended by a loss or weight that is not finite
+    observations: NDArray[np.float32]  # (decisions of all episodes, observations)
     paths: dict[str, list[NDArray[np.float64]]]  # of each info: for each episode, its values at every decision
 
     @property
@@ -49,7 +50,9 @@ def evaluate(
     returns, diverged = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
     running = np.ones(env.num_envs, bool)
     paths: dict[str, list[list[float]]] = {}
+    seen = []
     while running.any():
+        seen.append(observations[running])
         actions = policy.act(torch.from_numpy(observations)).numpy()
         observations, rewards, done, _, infos = env.step(actions)
         returns += np.where(running, rewards, 0)
@@ -63,4 +66,4 @@ def evaluate(
         diverged |= running & (final["diverged"] > 0)
         running &= ~done
     arrays = {key: [np.array(values) for values in path] for key, path in paths.items()}
-    return Evaluation(returns, diverged, arrays)
+    return Evaluation(returns, diverged, np.concatenate(seen), arrays)

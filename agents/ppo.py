@@ -24,6 +24,7 @@ from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv
 from rlsched.policy import SchedulePolicy
+from rlsched.safety import Domain
 
 CONFIG, POLICY = "config.json", "policy.safetensors"
 ACTIVATIONS = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
@@ -245,6 +246,8 @@ class _EvaluationCallback(BaseCallback):
         """Evaluate the final policy, log it with the hyperparameters, and give it its scores."""
         policy = export(self.model)
         self.play(policy)
+        assert self.latest is not None
+        policy.domain = Domain.of(torch.from_numpy(self.latest.observations))
         scores = {name: round(value, 4) for name, value in self.scores().items()}
         hyperparameters = self.config.hyperparameters()
         flat = {key: str(v) if isinstance(v, list) else v for key, v in hyperparameters.items()}

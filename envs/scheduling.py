@@ -244,7 +244,8 @@ class _Group:
         state = base
         if safe_start:
             growth = sum_to_average(settings)
-            state = control.safe_start(base, seen.predicted_decrease[:, -1], seen.update_ratio[:, -1], growth)
+            offset = control.safe_offset(seen.predicted_decrease[:, -1], seen.update_ratio[:, -1], growth)
+            state = control.safe_start(base, offset)
         run, steps = training.run(slots), training.networks.steps[slots]
         fresh = signals.start((len(slots),), training.device)
         observation, history = signals.observe(seen, run, fresh, steps, state)

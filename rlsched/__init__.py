@@ -9,9 +9,18 @@ from pathlib import Path
 
 from rlsched.optimizer import Controller, ScheduledOptimizer, attach
 from rlsched.policy import SchedulePolicy
+from rlsched.safety import DivergenceError, Intervention
 
 __version__ = "0.1.0"
-__all__ = ["Controller", "SchedulePolicy", "ScheduledOptimizer", "__version__", "attach"]
+__all__ = [
+    "Controller",
+    "DivergenceError",
+    "Intervention",
+    "SchedulePolicy",
+    "ScheduledOptimizer",
+    "__version__",
+    "attach",
+]
 
 # In a clone without symbolic links (Windows), envs/, agents/ and experiments/ are found beside this package.
 _here = Path(__file__).resolve().parent

@@ -2,7 +2,8 @@
 
 The control state has one entry per control and the shape `(*batch, len(CONTROLS))`; the functions here serve one
 network (`batch = ()`) and N networks alike. The policy never sets a hyperparameter outright. It moves it away
-from the fallback schedule: linear decay of the base learning rate to zero, the base momentum, no clipping.
+from the fallback schedule: linear decay of the base learning rate to zero, the base momentum, no clipping but of
+outliers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rlsched.spec import Control
 
 EARLY = 0.2  # fraction of a run in which a decision may take the early step
 MIN_MOMENTUM, MAX_MOMENTUM = 0.1, 0.99
+OUTLIER = 100.0  # a gradient norm is clipped to so many times its running average, whatever the control says
 
 CONTROLS = (
     Control("lr", "log of the factor on the fallback learning rate", -7.0, 7.0, step=0.25, early_step=0.7),
@@ -30,7 +32,8 @@ CONTROLS = (
     ),
     Control(
         "clip",
-        "the gradient norm is clipped to exp(clip − 0.7) times its running average; at the maximum it is not clipped",
+        f"the gradient norm is clipped to exp(clip − 0.7) times its running average; at the maximum to {OUTLIER:g} "
+        "times, which is no more than a guard against outliers",
         0.0,
         3.0,
         step=0.5,
@@ -87,8 +90,8 @@ def momentum_of(state: Number) -> Number:
 
 
 def clip_multiple(state: Tensor) -> Tensor:
-    """Clipping threshold over the running average of the gradient norm; infinite where clipping is off."""
-    return torch.where(state < CONTROLS[CLIP].high, torch.exp(state - 0.7), torch.inf)
+    """Clipping threshold over the running average of the gradient norm."""
+    return torch.where(state < CONTROLS[CLIP].high, torch.exp(state - 0.7), OUTLIER)
 
 
 # --- Safe start -------------------------------------------------------------------------------------------------
@@ -105,19 +108,26 @@ MAX_DECREASE = 0.3  # of the loss, as predicted to first order
 MAX_UPDATE = 0.1  # of the norm of the weights
 
 
-def safe_start(state: Tensor, predicted_decrease: Tensor, update_ratio: Tensor, growth: Tensor) -> Tensor:
-    """The control state after the probe; the lowest learning rate where the probe itself was not finite.
+def safe_offset(predicted_decrease: Tensor, update_ratio: Tensor, growth: Tensor) -> Tensor:
+    """Log of the highest factor on the base learning rate that is safe, as a probe tells.
 
     Args:
-        state: initial control state, (*batch, controls).
         predicted_decrease: ⟨Δθ, g⟩ / loss of the probe, (*batch,); NaN where the loss is not known.
-        update_ratio: ‖Δθ‖ / ‖θ‖ of the probe, (*batch,). One or more says that the weights began near zero, and
-            then there is nothing to compare an update with.
+        update_ratio: ‖Δθ‖ / ‖θ‖ of the probe, (*batch,). Weights that began at zero are nothing to compare an update
+            with. If they began near zero, so that it is one or more, the loss alone decides, where it speaks.
         growth: how many times the first update a later one is, once momentum has built up, (*batch,):
             1 / (1 − momentum) where momentum sums gradients, else 1.
+
+    Returns:
+        (*batch,); −inf where the probe itself was not finite.
     """
     by_loss = MAX_DECREASE / (predicted_decrease / PROBE).clamp(min=1e-12).nan_to_num(1e-12)
     by_weights = MAX_UPDATE / (growth * update_ratio / PROBE).clamp(min=1e-12)
-    limit = torch.minimum(by_loss, torch.where(update_ratio < 1, by_weights, torch.inf))
-    offset = torch.where(update_ratio.isfinite(), limit.log(), CONTROLS[LR].low).clamp(CONTROLS[LR].low, 0)
-    return torch.cat([offset.unsqueeze(-1), state[..., LR + 1 :]], -1)
+    from_zero = (update_ratio > 1e12) | ((update_ratio >= 1) & (predicted_decrease > 0) & (by_loss >= 1))
+    limit = torch.minimum(by_loss, torch.where(from_zero, torch.inf, by_weights))
+    return torch.where(update_ratio.isfinite(), limit.log(), -torch.inf)
+
+
+def safe_start(state: Tensor, offset: Tensor) -> Tensor:
+    """The initial control state (*batch, controls) with the lr control at a `safe_offset`, as far as it reaches."""
+    return torch.cat([offset.clamp(CONTROLS[LR].low, 0).unsqueeze(-1), state[..., LR + 1 :]], -1)

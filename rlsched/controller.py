@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from rlsched import control, distributed, moments, safety, sampling, signals
 from rlsched.control import CLIP, CONTROL_NAMES, LR, MOMENTUM
 from rlsched.moments import Moments
 from rlsched.policy import SchedulePolicy
+from rlsched.safety import ANSWERS, SNAPSHOT_INTERVAL, DivergenceError, Guard, Intervention, Snapshot
 from rlsched.sampling import Sample
 from rlsched.signals import OBSERVATION_NAMES, History, Run
 from rlsched.tensorboard import RunLog
@@ -30,12 +32,15 @@ ADAPTIVE = {"RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"}  # beside al
 AVERAGING = {"Muon", "SGDScheduleFree", "SGDScheduleFreeReference"}
 BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their momentum
 NEVER = -1  # the next decision, after the last one
+MAX_PROBES = 20  # inner steps, until one of them is finite and small enough
+LARGEST = torch.finfo(torch.float32).max  # number in a record
+LOGGER = logging.getLogger("rlsched")
 
 STATE_KEY = "rlsched"  # of a controller's state, as bytes; what follows are the keys in it
 PER_GROUP = ("base_lrs", "base_momenta")
-SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped")
+SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped", "probing", "restored_at")
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
-HISTORY, LOSSES = "history", "losses"
+HISTORY, GUARD, INTERVENTIONS, LOSSES = "history", "guard", "interventions", "losses"
 TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "total_steps", "interval", "controls", "policy"
 
 
@@ -52,6 +57,10 @@ class Controller:
         decisions: int = 100,
         max_grad_norm: float | None = None,
         follow_scheduler: bool = False,
+        on_divergence: str | None = "cut",
+        lr_bounds: tuple[float, float] = (0.0, math.inf),
+        max_update_ratio: float = 3.0,
+        shadow: bool = False,
         log_dir: str | Path | None = None,
         writer: SummaryWriter | None = None,
     ) -> None:
@@ -61,8 +70,16 @@ class Controller:
             raise ValueError(f"decisions must be positive, got {decisions!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm!r}")
+        if on_divergence not in ANSWERS:
+            raise ValueError(f"on_divergence must be one of {ANSWERS}, got {on_divergence!r}")
+        if not (len(lr_bounds) == 2 and 0 <= lr_bounds[0] <= lr_bounds[1]):
+            raise ValueError(f"lr_bounds must be (lowest, highest) with 0 <= lowest <= highest, got {lr_bounds!r}")
+        if not max_update_ratio > 0:
+            raise ValueError(f"max_update_ratio must be positive, got {max_update_ratio!r}")
         if isinstance(controls, str) or not set(controls) <= set(CONTROL_NAMES):
             raise ValueError(f"controls must be some of {CONTROL_NAMES}, got {controls!r}")
+        if shadow and follow_scheduler:
+            raise ValueError("follow_scheduler: in shadow mode nothing is set, and so nothing can follow")
         if not all("lr" in group for group in optimizer.param_groups):
             raise ValueError(
                 f"optimizer: {type(optimizer).__name__} has parameter groups without 'lr', so there is no learning "
@@ -77,6 +94,12 @@ class Controller:
         self.controls = tuple(name for name in CONTROL_NAMES if name in controls)
         self.max_grad_norm = max_grad_norm
         self.follow_scheduler = follow_scheduler
+        self.on_divergence = None if shadow else on_divergence
+        self.lr_bounds = lr_bounds
+        self.max_update_ratio = max_update_ratio
+        self.shadow = shadow
+        self.interventions: list[Intervention] = []
+        self.proposal: dict[str, float] = {}  # lr and momentum of the first group, clip multiple: as last decided
         self.log = RunLog(log_dir, writer)
 
         self.step_count = 0  # inner steps done
@@ -98,7 +121,12 @@ class Controller:
         self._mask = _host([float(name in self.controls) for name in CONTROL_NAMES])
         if self._first_momentum() == 0:
             self._mask[MOMENTUM] = 0
-        self._moves_momentum = bool(self._mask[MOMENTUM])
+        self._moves_momentum = bool(self._mask[MOMENTUM]) and not shadow
+        self.probing = policy.safe_start and bool(self._mask[LR]) and not shadow
+        self.guard = Guard()
+        self._keeps_snapshots = self.on_divergence == "rollback"
+        self._snapshot: tuple[Snapshot, Tensor, History, Tensor, dict[str, float]] | None = None
+        self.restored_at = -1  # inner step whose gradients are of weights that were taken back
         adaptive = self._is_one_of(ADAPTIVE) or "betas" in optimizer.param_groups[0]
         self._run = Run(*(_host(float(x)) for x in (total_steps, self.interval, 1 if adaptive else -1)))
         self._sample: Sample | None = None
@@ -151,25 +179,36 @@ class Controller:
                 self._adopt(group)
             self._apply()
         self._loss_was_reported |= bool(losses)
+        # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
+        loss, norm = _mean(losses, self.window.device), _total_norm(grads, self._shares_of_grads(parameters))
+        if self._ranks > 1:
+            common: dict[str, Any] = {"sharded": self._shares is not None, "device": self.window.device}
+            loss, norm = distributed.whole_step(loss, norm, reported=bool(losses), **common)
         if self.step_count == self.next_decision:
-            self._decide()
-        self._set_hyperparameters()
+            self._decide(loss)
+        if self.step_count == 0 and (self.probing or self._keeps_snapshots):
+            self._take_snapshot()
+        if not self.shadow:
+            self._set_hyperparameters()
 
         column = self.step_count - self.window_start
         self._record = record = self.window[column % self.interval]
-        # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
-        loss, norm = _mean(losses, record.device), _total_norm(grads, self._shares_of_grads(parameters))
-        if self._ranks > 1:
-            common: dict[str, Any] = {"sharded": self._shares is not None, "device": record.device}
-            loss, norm = distributed.whole_step(loss, norm, reported=bool(losses), **common)
+        if self.step_count == self.restored_at:  # the gradients are of weights that are no more
+            self._measured = False
+            for p in parameters:
+                p.grad = None
+            return
         cells: Any = record
         finite: Tensor | bool
         if isinstance(norm, Tensor):
             finite = (loss + norm).isfinite()
         else:
-            loss, cells = float(loss), record.numpy()
-            finite = math.isfinite(loss + norm)
-        safety.zero_unless(finite, grads)
+            cells = record.numpy()
+            finite = abs(float(loss)) + norm <= LARGEST
+            if not finite:
+                loss = norm = math.nan
+        if not self.shadow:
+            safety.zero_unless(finite, grads)
         cells[sampling.LOSS], cells[sampling.GRAD_NORM] = loss, norm
 
         measures = self.next_decision != NEVER  # nobody looks at the last window
@@ -182,8 +221,7 @@ class Controller:
                 if self._first_momentum() > 0:
                     self._sample.take_momentum(self._momentum_of(self._sample.chosen))
                 self._sample.take_weights()
-        if self._clips:
-            cells[sampling.CLIP] = self._clip(grads, norm, finite)
+        cells[sampling.CLIP] = 1.0 if self.shadow else self._clip(grads, norm, finite)
 
     @torch.compiler.disable
     def after(self) -> None:
@@ -214,6 +252,7 @@ class Controller:
             state["last_grad"] = None if self.last_grad is None else distributed.merged(self.last_grad)
         state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}  # a view saves its base
         state[HISTORY], state[LOSSES] = torch.stack(self.history), [float(loss) for loss in self._losses]
+        state |= {GUARD: self.guard.state_dict(), INTERVENTIONS: [tuple(i) for i in self.interventions]}
         file = io.BytesIO()
         torch.save({**state, **self._identity()}, file)
         return {STATE_KEY: file.getvalue()}
@@ -241,6 +280,9 @@ class Controller:
         if self.window is not None and self._shares is not None:
             self.window = distributed.own_window(self.window, sampling.PRODUCTS)
         self.history = History(*state_dict[HISTORY].unbind())
+        self.guard.load_state_dict(state_dict[GUARD])
+        self.interventions = [Intervention(*i) for i in state_dict[INTERVENTIONS]]
+        self._snapshot = None
         self._losses, self._lrs = state_dict[LOSSES], []
         self._apply()
 
@@ -263,7 +305,7 @@ class Controller:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": [], "_sample": None, "_last_grad": self.last_grad}
+        return {**self.__dict__, "_handles": [], "_sample": None, "_snapshot": None, "_last_grad": self.last_grad}
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
@@ -275,71 +317,173 @@ class Controller:
 
     # --- Deciding ---------------------------------------------------------------------------------------------------
 
-    def _decide(self) -> None:
-        assert self.window is not None and self.average_norm is not None
+    def _decide(self, loss: Tensor | float) -> None:
+        assert self.window is not None
         # The only place where the host waits for an accelerator.
-        whole, average = self._whole_window()[: self.window_length].cpu(), float(self.average_norm)
-        window = sampling.moments_of(whole)
+        window = sampling.moments_of(self._whole_window()[: self.window_length].cpu())
         if self._first_momentum() == 0:  # there is only the last gradient to agree with
             window = window._replace(momentum_cosine=window.grad_cosine)
-        norms = [norm for norm in window.grad_norm.tolist() if not math.isnan(norm)]
-        nonfinite = self.window_length - len(norms)
-        if not self._clips:  # else it was kept up with, step by step
-            for norm in norms:
-                average = moments.average_norm(average, norm)
-            self.average_norm.fill_(average)
+        if self.probing and self._must_probe_again(window):
+            self._open_window(1)
+            return
+        self.probing = False
         if not self._loss_was_reported and window.loss.isnan().all():  # nor on another rank
             self._warn(
                 "no loss",
                 "no loss was reported, so the schedule follows the gradients alone: pass step(loss=loss) or a closure",
             )
         step = _host(float(self.step_count))
-        if self.step_count == 1 and self._probes():
-            growth = _host(1 / (1 - self._first_momentum()) if self._sums_gradients() else 1.0)
-            self.control_state = control.safe_start(
-                self.control_state, window.predicted_decrease[-1], window.update_ratio[-1], growth
-            )
-        if nonfinite and self._mask[LR]:
-            self.control_state = safety.cut_lr(self.control_state)
-            self.log.text(
-                "rlsched/intervention",
-                f"{nonfinite} steps with a loss or gradient that is not finite: lr cut",
-                self.step_count,
-            )
-        with torch.inference_mode():  # a quarter faster
-            observation, self.history = signals.observe(window, self._run, self.history, step, self.control_state)
-        action = self.policy.act(observation) * self._mask if self.controls else torch.zeros_like(self._mask)
+        if self.shadow:
+            self.control_state = self._state_in_use()
         before = self.control_state
+        with torch.inference_mode():  # a quarter faster
+            observation, self.history = signals.observe(window, self._run, self.history, step, before)
+            influence = self.policy.influence(observation)
+        action = self.policy.act(observation) * influence * self._mask if self.controls else torch.zeros_like(before)
         self.control_state = control.move(before, action, step / self.total_steps, self.base_state)
+        if self._mask[LR]:
+            self._bound_lr(before, window)
+        buffers_at = float(before[MOMENTUM])  # momentum that the optimizer's buffers were filled with
+        reason = self.guard.why_diverged(window)
+        if reason is not None:
+            buffers_at = self._answer_divergence(reason, before)
+        else:
+            self._note_nonfinite(window)
         if self._moves_momentum:
-            self._rescale_momentum(float(before[MOMENTUM]), float(self.control_state[MOMENTUM]))
+            self._rescale_momentum(buffers_at, float(self.control_state[MOMENTUM]))
+        if reason is None and self._is_time_for_a_snapshot() and self.guard.is_well(float(loss)):
+            self._take_snapshot()
+        self._open_window(self.interval)
+        self._log_decision(window, observation, action, float(influence))
+
+    def _open_window(self, length: int) -> None:
+        assert self.window is not None
         self.window.fill_(torch.nan)
-        self.window_start, self.window_length = self.step_count, self.interval
-        self.next_decision += self.interval
+        self.window_start, self.window_length = self.step_count, length
+        self.next_decision += length
         if self.next_decision >= self.total_steps:  # the last window takes what is left, and nothing follows it
             self.next_decision = NEVER
         self._apply()
-        self._log_decision(window, observation, action)
 
-    def _log_decision(self, window: Moments, observation: Tensor, action: Tensor) -> None:
+    def _log_decision(self, window: Moments, observation: Tensor, action: Tensor, influence: float) -> None:
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        factor = control.fallback_schedule(float(self.step_count), float(self.total_steps))
+        fallback = lr if self.follow_scheduler else self.base_lrs[0] * factor
+        self.proposal = {
+            "lr": float(self._bounded(fallback * self._factors[0])),
+            "momentum": self._momenta[0],
+            "clip_multiple": self._multiple,
+        }
         if self.log.writer is None:
             return
         scalars = {f"observation/{n}": v for n, v in zip(OBSERVATION_NAMES, observation.tolist(), strict=True)}
         scalars |= {f"action/{n}": v for n, v in zip(CONTROL_NAMES, action.tolist(), strict=True)}
-        factor = control.fallback_schedule(float(self.step_count), float(self.total_steps))
-        fallback = float(self.optimizer.param_groups[0]["lr"]) if self.follow_scheduler else self.base_lrs[0] * factor
+        scalars |= {f"rlsched/{'proposed_' if self.shadow else ''}{name}": v for name, v in self.proposal.items()}
         scalars |= {
             "rlsched/loss": float(window.loss.nanmean()),
             "rlsched/grad_norm": float(window.grad_norm.nanmean()),
-            "rlsched/lr": fallback * self._factors[0],
             "rlsched/fallback_lr": fallback,
-            "rlsched/momentum": self._momenta[0],
-            "rlsched/clip_multiple": self._multiple,
+            "rlsched/influence": influence,
         }
+        if self.shadow:
+            scalars["rlsched/lr"] = lr
         self.log.decision(self.step_count, {tag: v for tag, v in scalars.items() if math.isfinite(v)})
 
-    def _probes(self) -> bool:
-        return self.policy.safe_start and bool(self._mask[LR])
+    # --- Keeping it safe --------------------------------------------------------------------------------------------
+
+    def _must_probe_again(self, window: Moments) -> bool:
+        """Judge the probe: start at the learning rate that it allows, unless it told nothing or itself went too far."""
+        growth = _host(1 / (1 - self._first_momentum()) if self._sums_gradients() else 1.0)
+        offset = control.safe_offset(window.predicted_decrease[-1], window.update_ratio[-1], growth)
+        is_finite = bool(window.grad_norm[-1].isfinite())
+        went_too_far = is_finite and bool(offset < control.CONTROLS[LR].low)
+        self._note_nonfinite(window)
+        if went_too_far:
+            self.base_lrs = [lr * control.PROBE for lr in self.base_lrs]
+            self._intervene(f"a step at {control.PROBE:.0e} of the lr went too far: undone, the lr scaled by as much")
+        if went_too_far or not is_finite:
+            if self._snapshot is not None and self.window_start != self.restored_at:
+                self._restore()
+            if self.step_count < min(MAX_PROBES, self.total_steps - 1):
+                return True
+        if offset < 0:
+            factor = max(offset.exp().item(), control.PROBE)
+            self._intervene(f"a step at the full lr would go too far: scaled by {factor:.2g}", logging.INFO)
+        self.control_state = control.safe_start(self.control_state, offset)
+        if not self._keeps_snapshots:
+            self._snapshot = None
+        return False
+
+    def _bound_lr(self, before: Tensor, window: Moments) -> None:
+        """Hold the lr control below the guard's ceiling, and updates below their bound."""
+        log_ratio, lr = float(window.update_ratio.log().nanmean()), float(before[LR])
+        room = math.log(self.max_update_ratio) - log_ratio
+        if room < 0:
+            self._intervene(f"updates have {math.exp(log_ratio):.2g} times the norm of the weights: lr scaled down")
+        highest = self.guard.ceiling if math.isnan(room) else min(self.guard.ceiling, lr + room)
+        self.control_state[LR].clamp_(max=max(highest, control.CONTROLS[LR].low))
+
+    def _answer_divergence(self, reason: str, before: Tensor) -> float:
+        """Do what `on_divergence` says, and return the momentum state that the optimizer's buffers were filled with."""
+        buffers_at = before[MOMENTUM]
+        if self.on_divergence is None:
+            self._intervene(f"{reason}: nothing is done about it")
+        elif self.on_divergence == "raise":
+            raise DivergenceError(f"at step {self.step_count}, {reason}")
+        else:
+            answer = []
+            if self._keeps_snapshots and self._snapshot is not None:
+                buffers_at = self._restore()[MOMENTUM]
+                answer.append("rolled back")
+            if self._mask[LR]:
+                lr, rest = self.guard.cut(float(before[LR]))
+                self.control_state[LR] = lr
+                self.base_lrs = [base * math.exp(rest) for base in self.base_lrs]
+                answer.append("lr cut to a tenth")
+            self._intervene(f"{reason}: {' and '.join(answer) or 'nothing is done, as lr is not among the controls'}")
+        return float(buffers_at)
+
+    def _is_time_for_a_snapshot(self) -> bool:
+        is_due = self._snapshot is None or (self.step_count // self.interval) % SNAPSHOT_INTERVAL == 0
+        return self._keeps_snapshots and is_due
+
+    def _take_snapshot(self) -> None:
+        assert self.average_norm is not None
+        average_norm, guard = self.average_norm.clone(), self.guard.state_dict()
+        self._snapshot = Snapshot(self.optimizer), self.control_state, self.history, average_norm, guard
+
+    def _restore(self) -> Tensor:
+        """Go back to the snapshot, and return the control state that it was taken under."""
+        assert self._snapshot is not None and self.average_norm is not None
+        snapshot, state, self.history, average_norm, guard = self._snapshot
+        self.guard.load_state_dict({**guard, "ceiling": self.guard.ceiling})
+        snapshot.restore(self.optimizer)
+        self.average_norm.copy_(average_norm)
+        self.restored_at = self.step_count
+        return state
+
+    def _note_nonfinite(self, window: Moments) -> None:
+        number = int((~window.grad_norm.isfinite()).sum()) - (self.window_start == self.restored_at)
+        if number > 0:
+            self._intervene(f"{number} of {len(window.grad_norm)} steps without a finite loss and gradient: left out")
+
+    def _intervene(self, message: str, level: int = logging.WARNING) -> None:
+        self.interventions.append(Intervention(self.step_count, message))
+        LOGGER.log(level, "step %d: %s", self.step_count, message)
+        self.log.text("rlsched/intervention", message, self.step_count)
+
+    def _state_in_use(self) -> Tensor:
+        """In shadow mode: the control state that the user's own hyperparameters amount to."""
+        state, group = self.base_state.clone(), self.optimizer.param_groups[0]
+        betas, low = group.get("betas"), control.CONTROLS[LR].low
+        momentum = float(betas[0] if betas else group.get("momentum", 0.0))
+        state[MOMENTUM] = control.initial_state(_host(momentum))[MOMENTUM]
+        lr = float(group["lr"])
+        if self._sums_gradients():
+            lr *= (1 - self._first_momentum()) / (1 - momentum)
+        fallback = self.base_lrs[0] * control.fallback_schedule(float(self.step_count), float(self.total_steps))
+        state[LR] = min(max(math.log(lr / fallback) if lr > 0 else low, low), control.CONTROLS[LR].high)
+        return state
 
     # --- Setting hyperparameters ------------------------------------------------------------------------------------
 
@@ -368,9 +512,8 @@ class Controller:
         self._ranks, self._shares = distributed.ranks(), distributed.shares(self._parameters())
         lr, momentum, _ = self.control_state.tolist()
         self._multiple = float(control.clip_multiple(self.control_state[CLIP]))
-        self._clips = self._multiple < math.inf or self.max_grad_norm is not None
         self._momenta = [self._momentum(i, momentum) for i in groups]
-        if min(self.step_count, self.total_steps - 1) == 0 and self._probes():
+        if self.probing:
             self._factors = [control.PROBE for _ in groups]
             return
         self._factors = [math.exp(lr) for _ in groups]
@@ -389,12 +532,16 @@ class Controller:
         self._heed_changes(fallback)
         for i, group in enumerate(self.optimizer.param_groups):
             lr = self._lrs[i] if self.follow_scheduler else self.base_lrs[i] * fallback
-            _set_lr(group, lr * self._factors[i])
+            _set_lr(group, self._bounded(lr * self._factors[i]))
             if self._moves_momentum:
                 if "betas" in group:
                     group["betas"] = (self._momenta[i], *group["betas"][1:])
                 elif "momentum" in group:
                     group["momentum"] = self._momenta[i]
+
+    def _bounded(self, lr: Any) -> Any:
+        low, high = self.lr_bounds
+        return lr.clamp(low, high) if isinstance(lr, Tensor) else min(max(lr, low), high)
 
     def _heed_changes(self, fallback: float) -> None:
         """Keep the learning rates of a scheduler that is followed; warn of one that has changed them in vain."""

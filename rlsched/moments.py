@@ -15,6 +15,7 @@ from torch import Tensor
 MEASURED_STEPS = 8  # per window: enough to average over, and few enough to be free in a long window
 NORM_DECAY = 0.9  # per inner step, of the running average of the gradient norm
 NORM_JUMP = 10.0  # a gradient norm counts at most this many times the running average
+TINY = 1e-30  # norm of weights that are zero
 
 
 Number = TypeVar("Number", float, Tensor)
@@ -66,7 +67,7 @@ def update_moments(before: Tensor, after: Tensor, grad: Tensor, loss: Tensor) ->
     """`update_ratio` and `predicted_decrease` of the step from the weights `before` to `after`."""
     update = before - after
     decrease = torch.where(loss > 0, dot(update, grad) / loss, torch.nan)
-    return norm(update) / norm(before).clamp(min=1e-12), decrease
+    return norm(update) / norm(before).clamp(min=TINY), decrease
 
 
 def average_norm(average: Number, grad_norm: Number) -> Number:

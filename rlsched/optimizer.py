@@ -38,6 +38,10 @@ class ScheduledOptimizer(Optimizer):
     The parameter groups and the state are those of the wrapped optimizer. `state_dict` carries the controller, and a
     run resumed from it is bit-equal to one that never stopped.
 
+    Attributes:
+        controller: the `Controller`, with what was done: `interventions`, a list of (step, message), and `proposal`,
+            the lr, momentum and clip multiple that the policy last decided on.
+
     Args:
         optimizer: the optimizer to drive; its present learning rates and momenta are the base values.
         total_steps: optimizer steps in the whole run, at least 1. Training on after them keeps the last learning rate.
@@ -49,14 +53,29 @@ class ScheduledOptimizer(Optimizer):
         follow_scheduler: take the learning rate that a torch scheduler sets (a warm-up, a schedule of your own) for
             lr · (1 − n/N) above: the policy modulates that. The parameter groups hold the scheduler's learning rate
             between the steps. Otherwise a scheduler has no effect, of which you are warned.
+        on_divergence: what to do when the run diverges, that is, when its last three steps or more were not finite, or
+            the running average of its loss is three times its lowest and half of what was gained is lost. "cut": the
+            learning rate is cut to a tenth, and never again comes within half of what it was. "rollback": also, the
+            weights and the optimizer's state are those of a snapshot again, of which one is kept (as much memory as
+            both; a model's buffers, as batch norm's, are not in it). "raise": `DivergenceError`. None: nothing.
+        lr_bounds: lowest and highest learning rate of any parameter group, whatever the schedule says.
+        max_update_ratio: the learning rate is held so low that updates have at most so many times the norm of the
+            weights (geometric mean of a window).
+        shadow: look, propose and log, and do nothing: training is bit-equal to that without rlsched. The proposals
+            are what the policy would make of the hyperparameters that are in use; see `Controller.proposal`.
         log_dir: folder for a TensorBoard event file with what was seen and decided.
         writer: a `SummaryWriter` to log to instead.
 
     Behaviour worth knowing:
-        - Gradients are clipped in place, and those of a step whose loss or gradient is not finite are zeroed. After
-          a window with such a step the learning rate is cut to a tenth.
+        - Gradients are clipped in place, and those of a step whose loss or gradient is not finite never reach the
+          weights.
+        - A gradient norm is clipped to 100 times its running average, whatever the controls: a guard against outliers.
+        - Where the policy sees what it was not trained on, its actions shrink, and the learning rate just goes on to
+          decay linearly.
+        - All of that is logged: to the logger "rlsched", to TensorBoard, and to `controller.interventions`.
         - A step without any gradient is passed on, warned about once, and does not count.
         - The first step is taken at a thousandth of the learning rate, to learn whether the full one would diverge.
+          If even that goes too far, it is undone and repeated at a thousandth of a thousandth, and so on.
         - An optimizer without momentum (SGD's default) keeps it that way.
         - Where torch.distributed is initialized, all ranks of its default group train one model, and take the same
           steps and decisions: by the mean loss of those ranks that report one, and by the gradients of the whole
@@ -65,6 +84,7 @@ class ScheduledOptimizer(Optimizer):
     Raises:
         ValueError: an argument is out of its range, the optimizer has no "lr", gradients are sparse, or parameters
             are those of FSDP1.
+        DivergenceError: in `step`, with `on_divergence="raise"`.
         FileNotFoundError, PolicyFileError: the policy cannot be loaded.
     """
 

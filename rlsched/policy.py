@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rlsched.control import CONTROL_NAMES, CONTROLS
+from rlsched.safety import Domain
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
 from rlsched.spec import VERSION
 
@@ -35,6 +36,7 @@ class SchedulePolicy:
             of observations, the last `out` the number of controls.
         activation: "tanh" or "relu", between the layers.
         safe_start: whether runs under this policy begin with the probe of `rlsched.control.safe_start`.
+        domain: where the observations lie that it was trained on; without one it is trusted everywhere.
         info: anything JSON can hold about how the policy was trained and how it scored.
     """
 
@@ -44,6 +46,7 @@ class SchedulePolicy:
         *,
         activation: str = "tanh",
         safe_start: bool = True,
+        domain: Domain | None = None,
         info: dict[str, Any] | None = None,
     ) -> None:
         if activation not in ACTIVATIONS:
@@ -61,6 +64,7 @@ class SchedulePolicy:
         self.weights = [(w.detach().cpu().float(), b.detach().cpu().float()) for w, b in weights]
         self.activation = activation
         self.safe_start = safe_start
+        self.domain = domain
         self.info = info or {}
 
     @classmethod
@@ -99,11 +103,14 @@ class SchedulePolicy:
             if tuple(spec[what]) != names:
                 differing = sorted(set(spec[what]) ^ set(names)) or "their order"
                 raise PolicyFileError(f"{path} has other {what} than this rlsched: {differing}")
-        weights = [(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(len(tensors) // 2)]
+        layers = sum(key.endswith(".weight") for key in tensors)
+        weights = [(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(layers)]
+        domain = {name: tensors[_key(name)] for name in Domain._fields if _key(name) in tensors}
         return cls(
             weights,
             activation=spec["activation"],
             safe_start=spec["safe_start"],
+            domain=Domain(**domain) if domain else None,
             info=json.loads(metadata[INFO]),
         )
 
@@ -115,6 +122,7 @@ class SchedulePolicy:
         tensors = {}
         for i, (weight, bias) in enumerate(self.weights):
             tensors[f"{i}.weight"], tensors[f"{i}.bias"] = weight.contiguous(), bias.contiguous()
+        tensors |= self._domain_tensors()
         spec = {
             "version": VERSION,
             "observations": OBSERVATION_NAMES,
@@ -143,7 +151,18 @@ class SchedulePolicy:
     def digest(self) -> str:
         """SHA-256 of all that decides the actions: the same for the same policy, wherever it was saved."""
         tensors = {f"{i}.{j}": t for i, layer in enumerate(self.weights) for j, t in enumerate(layer)}
+        tensors |= self._domain_tensors()
         return _digest(tensors, {"activation": self.activation, "safe_start": str(self.safe_start)})
+
+    def influence(self, observation: Tensor) -> Tensor:
+        """How far to trust an action, (*batch,), in (0, 1]: 1 where the policy was trained."""
+        if self.domain is None:
+            return observation.new_ones(observation.shape[:-1])
+        return self.domain.influence(observation)
+
+    def _domain_tensors(self) -> dict[str, Tensor]:
+        domain = {} if self.domain is None else self.domain._asdict()
+        return {_key(name): tensor.contiguous() for name, tensor in domain.items()}
 
     def __repr__(self) -> str:
         widths = [len(OBSERVATIONS), *(bias.numel() for _, bias in self.weights)]
@@ -153,6 +172,11 @@ class SchedulePolicy:
 def available() -> list[str]:
     """Names of the shipped policies."""
     return sorted(f.name.removesuffix(SUFFIX) for f in _shipped().iterdir() if f.name.endswith(SUFFIX))
+
+
+def _key(name: str) -> str:
+    """Of a tensor of the policy's domain, in its file."""
+    return f"domain.{name}"
 
 
 def _shipped() -> Any:

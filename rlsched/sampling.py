@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlsched import distributed
-from rlsched.moments import Moments
+from rlsched.moments import TINY, Moments
 
 SIZE = 2**13  # parameters in a sample, and at most one more of each tensor; a smaller network is measured whole
 
@@ -171,7 +171,7 @@ def moments_of(window: Tensor) -> Moments:
             "clipped": clip < 1,
             "grad_cosine": cosines[:, LAST_GRAD],
             "momentum_cosine": cosines[:, MOMENTUM],
-            "update_ratio": lengths[:, UPDATE] / np.maximum(lengths[:, WEIGHTS], 1e-12),
+            "update_ratio": lengths[:, UPDATE] / np.maximum(lengths[:, WEIGHTS], TINY),
             "predicted_decrease": np.where(loss > 0, decrease / loss, np.nan),
         }
         finite = np.isfinite(loss + grad_norm)

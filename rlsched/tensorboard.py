@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 LAYOUT = {
     "rlsched": {
         "loss": ["Multiline", ["rlsched/loss"]],
-        "learning rate and its fallback": ["Multiline", ["rlsched/lr", "rlsched/fallback_lr"]],
-        "momentum": ["Multiline", ["rlsched/momentum"]],
+        "learning rate and its fallback": ["Multiline", ["rlsched/(proposed_|fallback_)?lr"]],
+        "momentum": ["Multiline", ["rlsched/(proposed_)?momentum"]],
         "agreement of gradients": ["Multiline", ["observation/grad_cosine", "observation/momentum_cosine"]],
         "size of updates": ["Multiline", ["observation/update_ratio", "observation/predicted_decrease"]],
         "actions": ["Multiline", ["action/.*"]],
+        "trust in them": ["Multiline", ["rlsched/influence"]],
     }
 }
 

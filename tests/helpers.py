@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from rlsched import SchedulePolicy
-from rlsched.control import CONTROLS
+from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.signals import OBSERVATIONS
 
 
@@ -19,6 +19,12 @@ def lively_policy(seed=11, safe_start=True):
         for m, n in pairwise(widths)
     ]
     return SchedulePolicy(layers, safe_start=safe_start)
+
+
+def always(**actions):
+    """The policy that takes the same action at every decision."""
+    bias = torch.tensor([actions.get(name, 0.0) for name in CONTROL_NAMES])
+    return SchedulePolicy([(torch.zeros(len(bias), len(OBSERVATIONS)), bias)], safe_start=False)
 
 
 def network():

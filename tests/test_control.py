@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlsched import control
+from rlsched import control, moments
 from rlsched.control import CLIP, CONTROLS, LR, MOMENTUM
 from rlsched.spec import control_table
 
@@ -24,7 +24,7 @@ def test_initial_state_means_the_base_values():
     """A run would begin with another momentum or clipping than the user's."""
     assert BASE[LR] == 0
     assert control.momentum_of(BASE[MOMENTUM]).item() == pytest.approx(0.9)
-    assert control.clip_multiple(BASE[CLIP]) == math.inf
+    assert control.clip_multiple(BASE[CLIP]) == control.OUTLIER
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.05, 0.5, 0.9, 0.99, 0.999])
@@ -80,11 +80,11 @@ def test_networks_of_a_batch_move_each_on_their_own():
         assert torch.equal(moved[i], control.move(state[i], action[i], progress[i], base[i]))
 
 
-def test_clipping_is_off_at_the_maximum_only():
+def test_clipping_is_of_outliers_alone_at_the_maximum_only():
     """A fallback that clips would not be the fallback."""
     high = CONTROLS[CLIP].high
     multiples = control.clip_multiple(torch.tensor([0.0, 0.7, high - 0.5, high]))
-    torch.testing.assert_close(multiples, torch.tensor([math.exp(-0.7), 1.0, math.exp(high - 1.2), math.inf]))
+    torch.testing.assert_close(multiples, torch.tensor([math.exp(-0.7), 1.0, math.exp(high - 1.2), control.OUTLIER]))
 
 
 def test_fallback_schedule_is_linear_decay():
@@ -101,7 +101,8 @@ def test_decision_interval_gives_at_most_so_many_decisions(total, decisions, int
 def safe(decrease, ratio, growth=1.0):
     """The learning rate's control after a probe with such moments; the rest of the state stays."""
     state = torch.tensor([0.0, 1.0, 3.0])
-    after = control.safe_start(state, torch.tensor(decrease), torch.tensor(ratio), torch.tensor(growth))
+    offset = control.safe_offset(torch.tensor(decrease), torch.tensor(ratio), torch.tensor(growth))
+    after = control.safe_start(state, offset)
     assert torch.equal(after[LR + 1 :], state[LR + 1 :])
     return after[LR].item()
 
@@ -125,9 +126,15 @@ def test_safe_start_leaves_a_harmless_learning_rate():
     """Every run would begin slowly; and weights that begin at zero say nothing about the size of an update."""
     assert safe(0.1 * control.PROBE, 0.001 * control.PROBE) == 0
     assert safe(0.1 * control.PROBE, 1.0) == 0
-    assert safe(-1.0, 1.0) == 0  # uphill: maximizing
+    assert safe(-1.0, 0.001 * control.PROBE) == 0  # uphill: maximizing
     assert safe(math.nan, 0.01 * control.PROBE) == 0
-    assert safe(math.nan, 1.0) == 0
+    assert safe(math.nan, 1e-4 / moments.TINY) == 0
+
+
+def test_safe_start_does_not_take_an_explosion_for_weights_that_began_at_zero():
+    """Weight decay times a learning rate of millions throws weights away without any gradient."""
+    for decrease in (math.nan, 0.0, 1e3 * control.PROBE):
+        assert safe(decrease, 10.0) == CONTROLS[LR].low
 
 
 @pytest.mark.parametrize("decrease, ratio", [(math.nan, math.nan), (math.nan, math.inf), (1e30, 1.0)])

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rlsched import ScheduledOptimizer, attach, distributed, sampling
 
 STEPS, STOP = 30, 14  # windows of 4, after the first inner step; the save is in the middle of one
+BAD = (18, 19, 20)  # steps that are not finite: the last ones before a decision, and enough for a divergence
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, 0.1, 0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
@@ -117,12 +118,12 @@ class Training:
 
 def infinite_loss_on_one_rank(step, rank, loss, parameters):
     """The harm that comes of one rank's own data."""
-    return torch.tensor(math.inf) if step == 17 and rank in (None, 1) else loss
+    return torch.tensor(math.inf) if step in BAD and rank in (None, 1) else loss
 
 
 def bad_gradient_on_one_rank(step, rank, loss, parameters):
     """The last row of the last matrix, which is in the shard of the last rank."""
-    if step == 17 and rank in (None, 1):
+    if step in BAD and rank in (None, 1):
         grad = parameters[2].grad
         (grad.to_local() if hasattr(grad, "to_local") else grad)[-1] = math.nan
     return loss
@@ -152,9 +153,9 @@ def samples_of(size):
 
 
 def trained(rank, spread, make, size="whole", spoil=None):
-    """A whole run."""
+    """A whole run, which is rolled back if it diverges."""
     with samples_of(size):
-        return Training(rank, spread, make).run(range(STEPS), spoil).result()
+        return Training(rank, spread, make, on_divergence="rollback").run(range(STEPS), spoil).result()
 
 
 def loss_on_one_rank(rank):
@@ -353,13 +354,13 @@ def test_blocks_have_every_number_of_a_sample_once(cuts, every):
     ],
 )
 def test_what_is_not_finite_on_one_rank_is_so_on_all(ranks, spread, spoil):
-    """One rank would take the step and cut nothing, the other would zero its gradients and cut its learning rate."""
+    """One rank would take the step and go on, the other would roll back its weights and cut its learning rate."""
     one, other = ranks((spread, spoil))
     assert_same(one, other)
     expected = trained(None, alone, OPTIMIZERS["AdamW"], spoil=SPOILT[spoil])
     assert_close(one, expected)
     assert all(w.isfinite().all() for w in one["weights"])
-    assert expected["path"][21, 2] < expected["path"][17, 2] - 1
+    assert expected["path"][21, 2] < expected["path"][20, 2] - 1
 
 
 def test_loss_of_one_rank_will_do(ranks):

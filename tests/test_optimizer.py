@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from helpers import assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
+from helpers import always, assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
 from torch import nn
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
-from rlsched.control import CLIP, CONTROL_NAMES, LR, PROBE, move
+from rlsched.control import CLIP, PROBE, move
 from rlsched.sampling import moments_of
-from rlsched.signals import OBSERVATIONS
 
 STEPS = 40
 OPTIMIZERS = {
@@ -25,12 +24,6 @@ STAND_STILL = {
     "zero policy": {"policy": SchedulePolicy.zero()},
     "no controls": {"policy": lively_policy(), "controls": ()},
 }
-
-
-def always(**actions):
-    """The policy that takes the same action at every decision."""
-    bias = torch.tensor([actions.get(name, 0.0) for name in CONTROL_NAMES])
-    return SchedulePolicy([(torch.zeros(len(bias), len(OBSERVATIONS)), bias)], safe_start=False)
 
 
 def train_plainly(model, optimizer, steps=STEPS):
@@ -648,7 +641,7 @@ def test_loss_that_is_not_finite_does_not_reach_the_weights(bad):
     assert_finite_weights(model)
     assert not torch.equal(model[0].weight, weights[0]), "training does not go on"
     (((first, _),), ((lr, _),)) = before[0], after[0]
-    assert lr == pytest.approx(first * (1 - 5 / 100) / 10, rel=1e-5)
+    assert lr == pytest.approx(first * (1 - 5 / 100), rel=1e-5), "one bad batch is no divergence"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -688,11 +681,13 @@ def test_no_cut_without_control_of_the_learning_rate():
 def test_base_learning_rate_that_would_diverge_is_not_taken():
     """From a learning rate a thousand times too large the first step would throw the network away."""
 
-    def final_loss(policy):
+    def final_loss(policy, **options):
         model = nn.Linear(20, 1)
         torch.manual_seed(3)
         inputs = torch.randn(64, 20)
-        optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 100.0), total_steps=60, policy=policy)
+        optimizer = ScheduledOptimizer(
+            torch.optim.SGD(model.parameters(), 100.0), total_steps=60, policy=policy, **options
+        )
         for _ in range(60):
             optimizer.zero_grad()
             loss = (model(inputs) - inputs[:, :1]).square().mean()
@@ -702,7 +697,7 @@ def test_base_learning_rate_that_would_diverge_is_not_taken():
 
     zero = SchedulePolicy.zero()
     assert final_loss(SchedulePolicy(zero.weights, safe_start=True)) < 0.5
-    assert not final_loss(zero) < 1e3
+    assert not final_loss(zero, on_divergence=None, max_update_ratio=math.inf) < 1e3
 
 
 def test_probe_is_taken_at_a_thousandth_of_the_learning_rate():
@@ -711,48 +706,3 @@ def test_probe_is_taken_at_a_thousandth_of_the_learning_rate():
     optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=9, policy=lively_policy())
     (((lr, _),),) = train(model, optimizer, range(1))
     assert lr == 0.1 * PROBE
-
-
-FUZZED = {
-    "SGD": lambda p: torch.optim.SGD(p, 1.0, 0.9, weight_decay=0.01),
-    "AdamW": lambda p: torch.optim.AdamW(p, 0.1),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, 0.1, momentum=0.9),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
-}
-
-
-@pytest.mark.parametrize("make", FUZZED.values(), ids=FUZZED)
-@pytest.mark.parametrize("seed", range(3))
-def test_whatever_comes_weights_and_learning_rate_stay_finite(make, seed):
-    """Any run meets a bad batch, a dead layer or an explosion at some time."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def pick(values):
-        return values[int(torch.randint(len(values), (), generator=generator))]
-
-    extremes = [math.nan, math.inf, -math.inf, 0.0, 1e30, 1e-30, -1e30, 1.0, 1e-3, 1e3, 1e10]
-    model = network()
-    inner = make(model.parameters())
-    optimizer = ScheduledOptimizer(inner, total_steps=150, policy=lively_policy(seed))
-    explosion = 1.0
-    for _ in range(150):
-        kind = pick(["normal", "extreme", "constant", "exploding", "one entry", "none"])
-        explosion = explosion * 10 if kind == "exploding" else 1.0
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if kind == "none":
-                p.grad = torch.zeros_like(p)
-            elif kind == "constant":
-                p.grad = torch.ones_like(p)
-            else:
-                p.grad = explosion * noise
-            if kind == "extreme":
-                p.grad *= pick(extremes)
-            elif kind == "one entry":
-                p.grad.view(-1)[0] = pick(extremes)
-        loss = pick([*extremes, explosion])
-        optimizer.step(loss=loss)
-        assert_finite_weights(model)
-        assert math.isfinite(inner.param_groups[0]["lr"])
-        assert optimizer.controller.control_state.isfinite().all()
-    assert optimizer.controller.control_state[LR] <= 7

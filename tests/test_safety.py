@@ -1,12 +1,38 @@
-"""What keeps a run alive when something in it is not finite."""
+"""What keeps a run alive: gradients that are not finite, divergence, and inputs that the policy was not trained on."""
 
+import copy
+import logging
 import math
 
 import pytest
 import torch
+from helpers import always, assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
+from torch import nn
 
-from rlsched import safety
-from rlsched.control import CONTROLS, LR
+from rlsched import DivergenceError, ScheduledOptimizer, SchedulePolicy, safety
+from rlsched.control import CONTROLS, LR, OUTLIER, PROBE
+from rlsched.moments import Moments
+from rlsched.safety import Domain, Guard, Snapshot
+from rlsched.signals import OBSERVATIONS
+
+STEPS, DECISIONS = 100, 20
+WINDOW = STEPS // DECISIONS
+BAD = 31  # an inner step after the decision before 31, the seventh
+OPTIMIZERS = {
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr, 0.9),
+    "AdamW": lambda p, lr: torch.optim.AdamW(p, lr),
+}
+
+
+def scheduled(model, policy=None, lr=0.01, make=OPTIMIZERS["SGD"], **options):
+    """A run of twenty windows, under the zero policy if no other is given."""
+    options = {"total_steps": STEPS, "decisions": DECISIONS, **options}
+    return ScheduledOptimizer(make(model.parameters(), lr), policy=policy or SchedulePolicy.zero(), **options)
+
+
+def messages(optimizer):
+    """What was done, without the steps."""
+    return [message for _, message in optimizer.controller.interventions]
 
 
 @pytest.mark.parametrize("known", [bool, torch.tensor], ids=["on the CPU", "on an accelerator"])
@@ -21,12 +47,321 @@ def test_gradients_are_zeroed_only_when_something_is_not_finite(known):
     assert all((grad == 0).all() for grad in grads)
 
 
-def test_cut_is_a_tenth_down_to_the_lower_bound():
-    """Repeated cuts would take the learning rate out of the policy's reach."""
-    state = torch.tensor([1.0, 0.9, 3.0])
-    cut = safety.cut_lr(state)
-    assert (cut - state)[LR].exp().item() == pytest.approx(0.1)
-    assert torch.equal(cut[1:], state[1:]) and state[LR] == 1
-    for _ in range(10):
-        cut = safety.cut_lr(cut)
-    assert cut[LR] == CONTROLS[LR].low
+# --- Divergence: when it is seen ------------------------------------------------------------------------------------
+
+
+def verdicts(losses, interval=4):
+    """What a guard says of each window of a run with such losses."""
+    guard, windows = Guard(), torch.tensor(losses).split(interval)
+    return [guard.why_diverged(Moments(*[window] * len(Moments._fields))) for window in windows]
+
+
+def test_noise_is_no_divergence():
+    """A learning rate that is cut by a false alarm costs a good run its end."""
+    generator = torch.Generator().manual_seed(0)
+    for interval in (1, 10):
+        trend = torch.linspace(1, -5, 400)
+        losses = (trend + 0.5 * torch.randn(400, generator=generator)).exp().tolist()
+        assert verdicts(losses, interval) == [None] * (400 // interval)
+
+
+def test_divergence_is_seen_when_half_of_the_gain_is_lost():
+    """A run that has blown up would go on to burn its budget."""
+    falling, lowest = [2.0] * 8 + [0.5] * 8 + [0.1] * 32, 0.1
+    said = verdicts(falling + [20.0] * 8)
+    assert said[:-1] == [None] * 13
+    assert "risen from" in said[-1]
+    recovering = verdicts(falling + [3.5 * lowest] * 80)
+    assert recovering == [None] * 32, "at most half of 1.9 was lost"
+    lost = verdicts(falling + [1.2] * 80)
+    assert sum(reason is not None for reason in lost) == 1, "told once, not at each decision"
+
+
+def test_bad_batches_are_no_divergence_and_a_run_of_them_is():
+    """A corrupt record in the data would cut the learning rate each time it comes up."""
+    assert verdicts([1.0, math.nan, math.nan, 1.0] * 20) == [None] * 20
+    for interval in (1, 2, 4):
+        said = verdicts([1.0] * 4 + [math.nan] * 4, interval)
+        (reason,) = [reason for reason in said if reason is not None]
+        assert "not finite" in reason
+
+
+def test_cut_is_a_tenth_wherever_the_control_stands():
+    """At its lower bound a cut would do nothing, and the run would go on to diverge."""
+    low = CONTROLS[LR].low
+    for state in (3.0, 0.0, low + 1, low):
+        lr, rest = Guard().cut(state)
+        assert lr >= low
+        assert math.exp(lr + rest - state) == pytest.approx(0.1)
+
+
+# --- Divergence: what is done ---------------------------------------------------------------------------------------
+
+
+def throw_away(model):
+    """What a step does that is far too large."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(300 * torch.randn_like(p))
+
+
+def diverging(on_divergence, policy=None, make=OPTIMIZERS["SGD"], **options):
+    """A run whose weights are thrown away after step BAD; the model, the optimizer, and the lr of each step."""
+    model = network()
+    optimizer = scheduled(model, policy, make=make, on_divergence=on_divergence, **options)
+    rates = train(model, optimizer, range(BAD))
+    throw_away(model)
+    rates += train(model, optimizer, range(BAD, STEPS))
+    return model, optimizer, [lr for ((lr, _),) in rates]
+
+
+def test_divergence_cuts_the_learning_rate():
+    """At the learning rate that diverged the run would only diverge further."""
+    _, optimizer, rates = diverging("cut")
+    (message,) = messages(optimizer)
+    assert "risen" in message and message.endswith("lr cut to a tenth")
+    factors = [lr / (0.01 * (1 - n / STEPS)) for n, lr in enumerate(rates)]
+    assert factors == pytest.approx([1.0] * (BAD + WINDOW) + [0.1] * (STEPS - BAD - WINDOW))
+
+
+def test_learning_rate_that_diverged_is_out_of_reach():
+    """A policy that raises the learning rate again, as it did before, would diverge again."""
+    # +1 raises it by 0.7 a decision for four of them, and by 0.25 then.
+    _, optimizer, rates = diverging("cut", always(lr=1), lr=1e-5)
+    ceiling = rates[BAD + WINDOW - 1] / (1 - (BAD + WINDOW - 1) / STEPS) / 2
+    factors = [lr / (1 - n / STEPS) for n, lr in enumerate(rates)]
+    assert len(messages(optimizer)) == 1
+    assert factors[BAD + WINDOW] == pytest.approx(ceiling / 5)
+    assert max(factors[BAD + WINDOW :]) == pytest.approx(ceiling)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_rollback_brings_the_weights_back(make):
+    """A cut comes too late for weights that are thrown away already."""
+    cut, _, _ = diverging("cut", make=make)
+    model, optimizer, rates = diverging("rollback", make=make)
+    (message,) = messages(optimizer)
+    assert message.endswith("rolled back and lr cut to a tenth")
+    assert rates[-1] == pytest.approx(0.001 / STEPS)
+    assert loss_at(model, 0) < 1.2 < 10 < loss_at(cut, 0)
+
+
+def test_rollback_goes_back_to_weights_that_were_well():
+    """A snapshot that was taken when the loss had begun to rise would bring back a run that is lost."""
+    model = network()
+    optimizer = scheduled(model, on_divergence="rollback")
+    weights = []
+    for step in range(BAD):
+        weights.append([p.detach().clone() for p in model.parameters()])
+        train(model, optimizer, [step])
+    throw_away(model)
+    while not optimizer.controller.interventions:
+        optimizer.zero_grad()
+        loss = loss_at(model, 77)
+        loss.backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step(loss=loss)
+    taken = WINDOW * safety.SNAPSHOT_INTERVAL + 1
+    for p, old, lost in zip(model.parameters(), weights[taken], before, strict=True):
+        assert torch.equal(p, old), "the gradients of that step are of the weights that were lost"
+        assert not torch.allclose(p, lost)
+
+
+def test_raise_stops_before_the_weights_are_touched():
+    """A sweep that is to give up lost runs needs to be told, and the user's last weights to look at."""
+    model = network()
+    optimizer = scheduled(model, on_divergence="raise")
+    train(model, optimizer, range(BAD))
+    throw_away(model)
+    with pytest.raises(DivergenceError, match=rf"step {BAD + WINDOW}, the loss has risen"):
+        while True:
+            weights = copy.deepcopy(model)
+            train(model, optimizer, [5])
+    assert_same_weights(model, weights)
+
+
+def test_divergence_is_the_users_own_business_if_he_says_so():
+    """A loss that rises by itself (a curriculum, a changing weight of a penalty) is no reason to cut."""
+    _, optimizer, rates = diverging(None)
+    assert [m.endswith("nothing is done about it") for m in messages(optimizer)] == [True]
+    assert rates == pytest.approx([0.01 * (1 - n / STEPS) for n in range(STEPS)])
+
+
+def test_learning_rate_that_is_not_to_be_touched_is_not_cut():
+    """`controls=()` promises the fallback schedule, exactly."""
+    _, optimizer, rates = diverging("cut", controls=())
+    assert [m.endswith("lr is not among the controls") for m in messages(optimizer)] == [True]
+    assert rates == pytest.approx([0.01 * (1 - n / STEPS) for n in range(STEPS)])
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_snapshot_brings_all_back(make):
+    """Moments of gradients that were lost would throw the weights away again."""
+    model = network()
+    optimizer = make(model.parameters(), 0.1)
+    fresh = Snapshot(optimizer)
+    for step in range(3):
+        loss_at(model, step).backward()
+        optimizer.step()
+    weights, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    buffers = [t for s in optimizer.state.values() for t in s.values()]
+    snapshot = Snapshot(optimizer)
+    optimizer.step()
+    assert not torch.equal(model[0].weight, weights[0].weight)
+    snapshot.restore(optimizer)
+    assert_same_weights(model, weights)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0)
+    assert [id(t) for s in optimizer.state.values() for t in s.values()] == [id(t) for t in buffers], "not in place"
+    fresh.restore(optimizer)
+    assert_same_weights(model, network())
+    assert not optimizer.state_dict()["state"]
+
+
+# --- A learning rate that explodes at once --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("lr", [1e2, 1e6, 1e20])
+def test_any_base_learning_rate_is_survived(make, lr):
+    """A learning rate in other units, or with a slip in its exponent, would lose the run in its first step."""
+    model = network()
+    optimizer = scheduled(model, SchedulePolicy(SchedulePolicy.zero().weights, safe_start=True), lr, make)
+    with torch.no_grad():
+        at_first = loss_at(model, 0).item()
+    train(model, optimizer, range(STEPS))
+    assert_finite_weights(model)
+    assert loss_at(model, 0) < 0.9 * at_first
+    assert all("undone" in message or "scaled by" in message for message in messages(optimizer))
+
+
+def test_probe_that_goes_too_far_is_undone():
+    """At a learning rate that is wrong by a million even the probe throws the weights away."""
+    model = network()
+    optimizer = scheduled(model, lively_policy(), 1e6)
+    lr = [train(model, optimizer, [step])[0][0][0] for step in range(2)]
+    assert_same_weights(model, network())
+    assert lr == pytest.approx([1e6 * PROBE, 1e6 * PROBE**2 * (1 - 1 / STEPS)])
+
+
+# --- Bounds ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_lr", [float, torch.tensor], ids=["float", "tensor"])
+def test_learning_rate_stays_in_its_bounds(as_lr):
+    """A policy that is wrong would be wrong without measure."""
+    for direction in (1, -1):
+        model = network()
+        make = lambda p, lr: torch.optim.AdamW(p, as_lr(lr))  # noqa: E731
+        optimizer = scheduled(model, always(lr=direction), make=make, lr_bounds=(0.001, 0.03))
+        rates = [lr for ((lr, _),) in train(model, optimizer, range(STEPS))]
+        assert min(rates) >= 0.001 - 1e-9 and max(rates) <= 0.03 + 1e-9
+        assert any(lr == pytest.approx(0.03 if direction > 0 else 0.001) for lr in rates)
+        assert any(0.0011 < lr < 0.029 for lr in rates)
+
+
+def test_updates_stay_in_their_bound():
+    """A policy that raises the learning rate without end would replace the weights in place of training them."""
+
+    def largest(**options):
+        model = network()
+        optimizer = scheduled(model, always(lr=1), 0.01, OPTIMIZERS["AdamW"], on_divergence=None, **options)
+        ratios = []
+        for step in range(STEPS):
+            before = nn.utils.parameters_to_vector(model.parameters()).detach()
+            train(model, optimizer, [step])
+            after = nn.utils.parameters_to_vector(model.parameters()).detach()
+            ratios.append(float((after - before).norm() / before.norm()))
+        return max(ratios[30:])
+
+    bound = 0.02
+    assert largest(max_update_ratio=bound) < 2 * bound < 4 * bound < largest()
+
+
+def test_outlier_is_clipped_to_a_multiple_of_the_average_norm():
+    """One gradient that is a million times too large would be a million steps in one."""
+    model = network()
+    optimizer = scheduled(model, controls=())
+    train(model, optimizer, range(20))
+    average = float(optimizer.controller.average_norm)
+    optimizer.zero_grad()
+    (1e6 * loss_at(model, 20)).backward()
+    optimizer.step(loss=1.0)
+    norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
+    assert norm == pytest.approx(OUTLIER * average, rel=1e-4)
+
+
+# --- What the policy was not trained on -----------------------------------------------------------------------------
+
+
+def test_distance_is_that_of_mahalanobis():
+    """Entries that always move together would count twice, and those of small range not at all."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(6, 6, generator=generator) + 2 * torch.eye(6)
+    x = torch.randn(4000, 6, generator=generator) @ mixing.T + 3
+    domain = Domain.of(x)
+    covariance = torch.cov(x.double().T) + 0.01 * torch.eye(6)
+    centred = x.double() - x.double().mean(0)
+    expected = (centred * torch.linalg.solve(covariance, centred.T).T).sum(-1).sqrt()
+    torch.testing.assert_close(domain.distance(x).double(), expected, rtol=1e-3, atol=1e-3)
+    assert (domain.distance(x) > domain.limit).sum() == 4
+
+
+def test_influence_falls_with_the_square_of_the_distance():
+    """Inside its domain a policy that was held back would not be the policy that was trained."""
+    domain = Domain(torch.ones(2), torch.eye(2) / 2, torch.tensor(3.0))
+    points = 1 + torch.tensor([[0.0, 0.0], [6.0, 0.0], [0.0, 12.0], [60.0, 0.0]])
+    torch.testing.assert_close(domain.influence(points), torch.tensor([1.0, 1.0, 0.25, 0.01]))
+
+
+def test_policy_out_of_its_depth_gives_way_to_the_fallback():
+    """A policy that was trained on perceptrons may do anything on what it has never seen."""
+
+    def rates(limit):
+        model, policy = network(), always(lr=1)
+        if limit is not None:
+            policy.domain = Domain(torch.zeros(n), torch.eye(n), torch.tensor(limit))
+        return [lr for ((lr, _),) in train(model, scheduled(model, policy), range(STEPS))]
+
+    n = len(OBSERVATIONS)
+    fallback = pytest.approx([0.01 * (1 - k / STEPS) for k in range(STEPS)], rel=1e-3)
+    assert rates(1e-3) == fallback
+    assert rates(1e3) == rates(None) != fallback
+
+
+# --- On record ------------------------------------------------------------------------------------------------------
+
+
+def test_interventions_are_logged_and_saved(caplog):
+    """A learning rate that drops to a tenth without a reason on record would cost its user a day."""
+    with caplog.at_level(logging.INFO, "rlsched"):
+        _, optimizer, _ = diverging("cut")
+    ((step, message),) = optimizer.controller.interventions
+    assert step == BAD + WINDOW
+    assert [record.getMessage() for record in caplog.records] == [f"step {step}: {message}"]
+    other = scheduled(network())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.controller.interventions == optimizer.controller.interventions
+    assert other.controller.guard.ceiling == optimizer.controller.guard.ceiling < CONTROLS[LR].high
+
+
+def test_bad_batches_are_counted():
+    """A user has to know that part of the data is not used."""
+    model = network()
+    optimizer = scheduled(model)
+    for step in range(12):
+        optimizer.zero_grad()
+        (loss_at(model, step) * (math.nan if step in (7, 9) else 1)).backward()
+        optimizer.step(loss=1.0)
+    assert optimizer.controller.interventions == [(11, "2 of 5 steps without a finite loss and gradient: left out")]
+
+
+@pytest.mark.parametrize("option", [
+    {"on_divergence": "stop"}, {"lr_bounds": (1.0, 0.1)}, {"lr_bounds": (-1.0, 1.0)}, {"lr_bounds": (0.1,)},
+    {"max_update_ratio": 0.0}, {"max_update_ratio": math.nan},
+])  # fmt: skip
+def test_options_out_of_range_are_named(option):
+    """A typo that turns a guard off would be found out by the run that it loses."""
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=name) as caught:
+        scheduled(network(), **option)
+    assert repr(value) in str(caught.value)

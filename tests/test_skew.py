@@ -1,5 +1,6 @@
 """What a policy sees in a user's loop is what it saw in training: an episode, replayed through the wrapper."""
 
+import math
 from contextlib import nullcontext
 from functools import partial
 
@@ -82,7 +83,12 @@ def through_the_wrapper(episode, safe_start):
     """The observations, and the (lr, momentum, clip) decided on, where a user's loop trains the episode."""
     policy, inner = Recorder(safe_start), episode.optimizer()
     optimizer = ScheduledOptimizer(
-        inner, total_steps=episode.total_steps, decisions=episode.setup.decisions + 1, policy=policy
+        inner,
+        total_steps=episode.total_steps,
+        decisions=episode.setup.decisions + 1,
+        policy=policy,
+        on_divergence=None,  # the environment has no guard
+        max_update_ratio=math.inf,
     )
     assert optimizer.controller.interval == INTERVAL
     told, decisions = episode.setup.loss_reported, []

@@ -7,9 +7,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from rlsched.experiments.compare.run import read
 from rlsched.experiments.cost.loops import PLAIN
 from rlsched.experiments.cost.run import RUNS
+from rlsched.experiments.records import read
 
 TABLE, PLOT = "table.md", "plot.png"
 Row = dict[str, Any]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from rlsched.experiments.compare.run import provenance, read
 from rlsched.experiments.cost.loops import NETWORKS, OPTIMIZERS, PLAIN, loop, loops, memory, window
+from rlsched.experiments.records import provenance, read
 
 RUNS = "runs.jsonl"
 MIN_ROUNDS = 3
