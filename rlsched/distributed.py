@@ -69,8 +69,9 @@ def whole_step(
         device: where the process group communicates.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # the square of a large norm has no place in float32
-    for i, value in enumerate((loss, float(reported), norm * norm if sharded else 0.0)):
+    for i, value in enumerate((loss, float(reported), norm)):
         sums[i] = value
+    sums[2].square_()
     dist.all_reduce(sums)
     if sharded:
         norm = sums[2].sqrt().float() if isinstance(norm, Tensor) else float(sums[2].sqrt())
