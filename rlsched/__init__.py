@@ -7,6 +7,7 @@ need the ``train`` extra and are imported by name.
 
 from pathlib import Path
 
+from rlsched.frozen import FrozenSchedule
 from rlsched.optimizer import Controller, ScheduledOptimizer, attach
 from rlsched.policy import SchedulePolicy
 from rlsched.safety import DivergenceError, Intervention
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Controller",
     "DivergenceError",
+    "FrozenSchedule",
     "Intervention",
     "SchedulePolicy",
     "ScheduledOptimizer",

@@ -34,8 +34,10 @@ examples:
 """
 COMPARE = """\
 Compare a policy with constant, linear and cosine schedules on real training runs of equal work. The others are
-tuned over five learning rates; the policy gets three base learning rates and takes them as they come. Writes
-runs.jsonl (results already there are kept), table.md, plot.png and TensorBoard logs to the folder --out.
+tuned over five learning rates; the policy gets three base learning rates and takes them as they come. Whether it
+adapts to a run shows in a replay: the same run under the mean of what the policy did with the other seeds (so there
+is none with --seeds 1). Writes runs.jsonl (results already there are kept), table.md, plot.png and TensorBoard logs
+to the folder --out.
 
 examples:
   rlsched compare --tasks digits

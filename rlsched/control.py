@@ -64,6 +64,14 @@ def initial_state(momentum: Tensor) -> Tensor:
     return state
 
 
+def step_sizes(progress: Tensor) -> Tensor:
+    """How far an action of 1 moves each control, (*batch, controls), at a progress of shape (*batch,)."""
+    early, late = (
+        progress.new_tensor(sizes) for sizes in ([c.early_step for c in CONTROLS], [c.step for c in CONTROLS])
+    )
+    return torch.where((progress < EARLY).unsqueeze(-1), early, late)
+
+
 def move(state: Tensor, action: Tensor, progress: Tensor, base: Tensor) -> Tensor:
     """The control state after a decision.
 
@@ -74,14 +82,9 @@ def move(state: Tensor, action: Tensor, progress: Tensor, base: Tensor) -> Tenso
         base: `initial_state` of the run, (*batch, controls). Where it lies outside a control's range, the range
             is widened to it, so that standing still is always possible.
     """
-
-    def row(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=state.dtype, device=state.device)
-
-    late, early = row([c.step for c in CONTROLS]), row([c.early_step for c in CONTROLS])
-    low, high = row([c.low for c in CONTROLS]), row([c.high for c in CONTROLS])
-    step = torch.where((progress < EARLY).unsqueeze(-1), early, late)
-    return (state + step * action.clamp(-1, 1)).clamp(torch.minimum(low, base), torch.maximum(high, base))
+    low, high = state.new_tensor([c.low for c in CONTROLS]), state.new_tensor([c.high for c in CONTROLS])
+    moved = state + step_sizes(progress) * action.clamp(-1, 1)
+    return moved.clamp(torch.minimum(low, base), torch.maximum(high, base))
 
 
 def momentum_of(state: Number) -> Number:

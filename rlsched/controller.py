@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from rlsched import control, distributed, moments, safety, sampling, signals
 from rlsched.control import CLIP, CONTROL_NAMES, LR, MOMENTUM
+from rlsched.frozen import FrozenSchedule, Window
 from rlsched.moments import Moments
 from rlsched.policy import SchedulePolicy
 from rlsched.safety import ANSWERS, SNAPSHOT_INTERVAL, DivergenceError, Guard, Intervention, Snapshot
@@ -37,8 +38,17 @@ LARGEST = torch.finfo(torch.float32).max  # number in a record
 LOGGER = logging.getLogger("rlsched")
 
 STATE_KEY = "rlsched"  # of a controller's state, as bytes; what follows are the keys in it
-PER_GROUP = ("base_lrs", "base_momenta")
-SCALARS = ("step_count", "window_start", "window_length", "next_decision", "skipped", "probing", "restored_at")
+LISTS = ("base_lrs", "base_momenta", "control_path")
+SCALARS = (
+    "step_count",
+    "window_start",
+    "window_length",
+    "next_decision",
+    "skipped",
+    "probing",
+    "restored_at",
+    "lr_offset",
+)
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
 HISTORY, GUARD, INTERVENTIONS, LOSSES = "history", "guard", "interventions", "losses"
 TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "total_steps", "interval", "controls", "policy"
@@ -117,6 +127,7 @@ class Controller:
             self._adopt(group)
         self.base_state = control.initial_state(_host(self._first_momentum()))
         self.control_state = self.base_state.clone()
+        self.lr_offset = 0.0  # added to the lr control's state, where that does not reach low enough
         self.history = signals.start(device=self.base_state.device)
         self._mask = _host([float(name in self.controls) for name in CONTROL_NAMES])
         if self._first_momentum() == 0:
@@ -139,6 +150,7 @@ class Controller:
         self._handles: list[RemovableHandle] = []
         self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._apply()
+        self.control_path = [self._place()]  # of each window
 
     # --- What a training loop calls ---------------------------------------------------------------------------------
 
@@ -246,7 +258,7 @@ class Controller:
         Checkpoints of torch.distributed ask a fresh controller for the names and shapes of what they load. Those of a
         run in progress are others: bytes have none. Of a model that is sharded all ranks have to call this.
         """
-        state = {name: getattr(self, name) for name in (*PER_GROUP, *SCALARS, *TENSORS)}
+        state = {name: getattr(self, name) for name in (*LISTS, *SCALARS, *TENSORS)}
         if self._shares is not None:
             state["window"] = None if self.window is None else self._whole_window()
             state["last_grad"] = None if self.last_grad is None else distributed.merged(self.last_grad)
@@ -271,7 +283,7 @@ class Controller:
             if state_dict[name] != value:
                 raise ValueError(f"state_dict is of a run with {name}={state_dict[name]!r}, this one has {value!r}")
         device = self._parameters()[0].device
-        for name in (*PER_GROUP, *SCALARS):
+        for name in (*LISTS, *SCALARS):
             setattr(self, name, state_dict[name])
         for name in TENSORS:
             value = state_dict[name]
@@ -306,6 +318,37 @@ class Controller:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handles": [], "_sample": None, "_snapshot": None, "_last_grad": self.last_grad}
+
+    def freeze(self) -> FrozenSchedule:
+        """The schedule that this run followed, to be replayed without a policy.
+
+        Frozen is what was decided, not what is done beside it: `max_grad_norm`, `lr_bounds`, steps that were left out
+        since they were not finite, weights that were rolled back. Of a run with decisions still to come, the last one
+        is held to the end, with a warning.
+
+        Raises:
+            ValueError: the run follows a torch scheduler, or is in shadow mode, so that the learning rate was not the
+                policy's.
+        """
+        if self.follow_scheduler:
+            raise ValueError(
+                "follow_scheduler=True: the learning rate is a torch scheduler's times the policy's factor, and is no "
+                "schedule of its own to freeze"
+            )
+        if self.shadow:
+            raise ValueError(
+                "shadow=True: the run followed another schedule than the policy's, so there is none to freeze"
+            )
+        if self.next_decision != NEVER:
+            self._warn(
+                "unfinished",
+                f"the run is at step {self.step_count} of {self.total_steps}: its last decision is held to the end",
+            )
+        windows = []
+        for step, lr, momentum, clip in self.control_path:
+            momentum = 0.0 if self._first_momentum() == 0 else self._momentum(0, momentum)
+            windows.append(Window(int(step), math.exp(lr), momentum, float(control.clip_multiple(_host(clip)))))
+        return FrozenSchedule.of(windows, self.total_steps, self.base_lrs)
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
@@ -364,6 +407,7 @@ class Controller:
         if self.next_decision >= self.total_steps:  # the last window takes what is left, and nothing follows it
             self.next_decision = NEVER
         self._apply()
+        self.control_path.append(self._place())
 
     def _log_decision(self, window: Moments, observation: Tensor, action: Tensor, influence: float) -> None:
         lr = float(self.optimizer.param_groups[0]["lr"])
@@ -399,7 +443,7 @@ class Controller:
         went_too_far = is_finite and bool(offset < control.CONTROLS[LR].low)
         self._note_nonfinite(window)
         if went_too_far:
-            self.base_lrs = [lr * control.PROBE for lr in self.base_lrs]
+            self.lr_offset += math.log(control.PROBE)
             self._intervene(f"a step at {control.PROBE:.0e} of the lr went too far: undone, the lr scaled by as much")
         if went_too_far or not is_finite:
             if self._snapshot is not None and self.window_start != self.restored_at:
@@ -438,7 +482,7 @@ class Controller:
             if self._mask[LR]:
                 lr, rest = self.guard.cut(float(before[LR]))
                 self.control_state[LR] = lr
-                self.base_lrs = [base * math.exp(rest) for base in self.base_lrs]
+                self.lr_offset += rest
                 answer.append("lr cut to a tenth")
             self._intervene(f"{reason}: {' and '.join(answer) or 'nothing is done, as lr is not among the controls'}")
         return float(buffers_at)
@@ -510,16 +554,18 @@ class Controller:
         """Work out what the control state means for each parameter group, until it changes."""
         groups = range(len(self.base_lrs))
         self._ranks, self._shares = distributed.ranks(), distributed.shares(self._parameters())
-        lr, momentum, _ = self.control_state.tolist()
+        _, lr, momentum, _ = self._place()
         self._multiple = float(control.clip_multiple(self.control_state[CLIP]))
         self._momenta = [self._momentum(i, momentum) for i in groups]
-        if self.probing:
-            self._factors = [control.PROBE for _ in groups]
-            return
         self._factors = [math.exp(lr) for _ in groups]
         if self._sums_gradients():
             for i, (momentum, base) in enumerate(zip(self._momenta, self.base_momenta, strict=True)):
                 self._factors[i] *= (1 - momentum) / (1 - base) if base > 0 else 1
+
+    def _place(self) -> tuple[float, ...]:
+        """Where the controls are: inner step, log of the factor on the fallback lr, states of momentum and clip."""
+        lr, momentum, clip = self.control_state.tolist()
+        return self.step_count, (math.log(control.PROBE) if self.probing else lr) + self.lr_offset, momentum, clip
 
     def _set_hyperparameters(self) -> None:
         if self.step_count == self.total_steps:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from rlsched.controller import STATE_KEY, Controller
+from rlsched.frozen import FrozenSchedule
 
 __all__ = ["Controller", "ScheduledOptimizer", "attach"]
 
@@ -147,6 +148,10 @@ class ScheduledOptimizer(Optimizer):
     def observe(self, loss: Tensor | float) -> None:
         """Report the loss of the step to come: once, or once per micro-batch."""
         self.controller.observe(loss)
+
+    def freeze(self) -> FrozenSchedule:
+        """The schedule that this run followed, to be replayed without a policy; see `Controller.freeze`."""
+        return self.controller.freeze()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)

@@ -1,1 +1,1 @@
-"""A scheduling policy against constant, linear and cosine learning rates, on equal work: `rlsched compare`."""
+"""A scheduling policy against other schedules and the replay of its own mean, on equal work: `rlsched compare`."""

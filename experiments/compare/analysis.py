@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from rlsched.experiments.compare.run import POLICY, RUNS, SCHEDULES
+from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES
 from rlsched.experiments.records import read
 
 TABLE, PLOT = "table.md", "plot.png"
-COLORS = {POLICY: "tab:red", "cosine": "tab:blue", "linear": "tab:green", "constant": "tab:gray"}
+COLORS = {POLICY: "tab:red", REPLAY: "tab:orange", "cosine": "tab:blue", "linear": "tab:green", "constant": "tab:gray"}
+NAMES = {POLICY: "learned", REPLAY: "replay of its mean"}  # the others are called what they are
 WORST = 1.0  # log loss at which a diverged run is counted: worse than chance among ten classes
 
 Row = dict[str, Any]
@@ -61,6 +62,10 @@ def table(results: Results) -> str:
     for factor in factors:
         cells = [_cell(results, s, POLICY, factor) for s in settings]
         rows.append([f"**learned, lr × {factor:g}**", "1", *cells])
+    for factor in factors:
+        if any(factor in results.runs[s].get(REPLAY, {}) for s in settings):
+            cells = [_cell(results, s, REPLAY, factor) for s in settings]
+            rows.append([f"replay of its mean, lr × {factor:g}", "–", *cells])
     for schedule in reversed(SCHEDULES):
         sweep = max(len(results.runs[s].get(schedule, {})) for s in settings)
         cells = []
@@ -79,6 +84,12 @@ def table(results: Results) -> str:
         f"{'/'.join(map(str, sorted(seeds)))} seeds; × is the factor on the usual default learning rate; "
         f"a diverged run counts as {WORST:g}."
     )
+    if any(REPLAY in results.runs[s] for s in settings):
+        caption += (
+            " A replay follows, whatever it sees, the mean of the controls over the learned runs with the other seeds, "
+            "which tells it what suits the task and the base learning rate: what the learned schedule gains over it is "
+            "what adapting to the single run is worth."
+        )
     return "\n".join([*lines, "", caption])
 
 
@@ -94,15 +105,15 @@ def plot(results: Results) -> Figure:
             color = COLORS[schedule]
             factors = sorted(by_lr)
             best = results.best(setting, schedule)
-            shown = factors if schedule == POLICY else [best]
+            shown = factors if schedule in NAMES else [best]
             for factor, style in zip(shown, ("--", "-", ":") if len(shown) == 3 else ["-"] * len(shown), strict=True):
                 curves = np.array([row["curve"] for row in by_lr[factor]])
-                name = "learned," if schedule == POLICY else f"{schedule}, best of {len(factors)}:"
-                label = f"{name} lr × {factor:.3g}"
+                name = NAMES.get(schedule, f"{schedule}, best of {len(factors)}")
+                label = f"{name}, lr × {factor:.3g}"
                 loss_axis.plot(curves[0, :, 0], _geometric_mean(curves[:, :, 1]), style, color=color, label=label)
                 lr_axis.plot(curves[0, :, 0], curves[0, :, 3], style, color=color)
             finals = [results.log_loss(setting, schedule, factor) for factor in factors]
-            sweep_axis.plot(factors, finals, "o-", color=color, label="learned" if schedule == POLICY else schedule)
+            sweep_axis.plot(factors, finals, "o-", color=color, label=NAMES.get(schedule, schedule))
         loss_axis.set(yscale="log", ylabel="validation loss", xlabel="inner steps")
         lr_axis.set(yscale="log", ylabel="learning rate (first seed)", xlabel="inner steps")
         sweep_axis.set(xscale="log", ylabel="final log validation loss", xlabel="base learning rate / default")
@@ -121,7 +132,9 @@ def report(out: Path, policy: str) -> str:
 
 
 def _cell(results: Results, setting: Setting, schedule: str, factor: float) -> str:
-    values = [_bounded(row["log_loss"]) for row in results.runs[setting][schedule][factor]]
+    values = [_bounded(row["log_loss"]) for row in results.runs[setting].get(schedule, {}).get(factor, [])]
+    if not values:
+        return "–"
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from rlsched import ScheduledOptimizer, SchedulePolicy
+from rlsched.experiments.compare import replay
 from rlsched.experiments.compare.tasks import TASKS, Data, Task
 from rlsched.experiments.records import provenance, read
 
 RUNS, TENSORBOARD = "runs.jsonl", "tensorboard"
 POLICY = "policy"
+REPLAY = "replay"  # of the mean control path of the policy's runs with the other seeds
 EVALUATIONS = 50  # of the validation loss, in a run
 SCHEDULES: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
     "constant": lambda optimizer, steps: LambdaLR(optimizer, lambda _: 1.0),
@@ -69,11 +72,15 @@ class Plan:
                 raise ValueError(f"{name} must be positive numbers, got {list(getattr(self, name))}")
 
     def runs(self) -> Iterator[Run]:
-        for task, optimizer, steps, seed in product(self.tasks, self.optimizers, self.steps, range(self.seeds)):
-            for factor in self.policy_factors:
-                yield Run(task, optimizer, steps, POLICY, round(factor, 4), seed)
-            for schedule, factor in product(SCHEDULES, self.sweep):
-                yield Run(task, optimizer, steps, schedule, round(factor, 4), seed)
+        for task, optimizer, steps in product(self.tasks, self.optimizers, self.steps):
+            for seed in range(self.seeds):
+                for factor in self.policy_factors:
+                    yield Run(task, optimizer, steps, POLICY, round(factor, 4), seed)
+                for schedule, factor in product(SCHEDULES, self.sweep):
+                    yield Run(task, optimizer, steps, schedule, round(factor, 4), seed)
+            if self.seeds > 1:  # else there is nothing to take the mean of
+                for seed, factor in product(range(self.seeds), self.policy_factors):
+                    yield Run(task, optimizer, steps, REPLAY, round(factor, 4), seed)
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,9 @@ class Run:
 def compare(plan: Plan, policy: SchedulePolicy, out: Path, data: Path | None = None) -> None:
     """Do the runs of a plan that `out/runs.jsonl` does not have yet, and add a line for each.
 
+    A replay follows the mean over all of the policy's runs in the file that differ from it in nothing but the seed.
+    One that is there already stays as it is when more seeds come.
+
     Args:
         plan: what to compare.
         policy: the scheduling policy.
@@ -99,7 +109,8 @@ def compare(plan: Plan, policy: SchedulePolicy, out: Path, data: Path | None = N
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / RUNS
-    done = {_key(row["run"], row["policy"]) for row in read(path)} if path.exists() else set()
+    rows = read(path) if path.exists() else []
+    done = {_key(row["run"], row["policy"]) for row in rows}
     missing = [run for run in plan.runs() if _key(asdict(run), _policy_of(run, policy)) not in done]
     for task in {run.task for run in missing}:
         TASKS[task].data(data)  # a missing file is better known before the first run than after an hour
@@ -109,16 +120,34 @@ def compare(plan: Plan, policy: SchedulePolicy, out: Path, data: Path | None = N
             log_dir = (
                 out / TENSORBOARD / f"{run.task}-{run.optimizer}-{run.steps}" / f"{run.schedule}-x{run.lr_factor:g}"
             )
-            result = perform(run, policy, data, log_dir if run.seed == 0 else None)
-            row = {"run": asdict(run), "policy": _policy_of(run, policy), **result, "provenance": origin}
-            file.write(json.dumps(row) + "\n")
+            paths = None
+            if run.schedule == REPLAY:
+                paths = _paths_of_others(run, policy, rows)
+                if paths is None:
+                    warnings.warn(f"{path} has runs of an older rlsched, of which there is no replay", stacklevel=2)
+                    continue
+            result = perform(run, policy, data, log_dir if run.seed == 0 else None, paths)
+            rows.append({"run": asdict(run), "policy": _policy_of(run, policy), **result, "provenance": origin})
+            file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
 
 
 def perform(
-    run: Run, policy: SchedulePolicy, folder: Path | None = None, log_dir: Path | None = None
+    run: Run,
+    policy: SchedulePolicy,
+    folder: Path | None = None,
+    log_dir: Path | None = None,
+    paths: Sequence[replay.ControlPath] | None = None,
 ) -> dict[str, Any]:
-    """Do one run. The initial weights and the order of the data depend on the seed alone."""
+    """Do one run. The initial weights and the order of the data depend on the seed alone.
+
+    Args:
+        run: what to train.
+        policy: the scheduling policy.
+        folder: of the data files, for tasks that need them.
+        log_dir: folder for TensorBoard.
+        paths: what a replay follows the mean of.
+    """
     task, base = TASKS[run.task], OPTIMIZERS[run.optimizer]
     data = task.data(folder)
     torch.manual_seed(run.seed)
@@ -129,8 +158,12 @@ def perform(
 
         writer = SummaryWriter(str(log_dir))
     optimizer = base.make(network.parameters(), lr=base.lr * run.lr_factor, **base.options)
-    if run.schedule == POLICY:
+    scheduled = None
+    if run.schedule in (POLICY, REPLAY):
         scheduled = ScheduledOptimizer(optimizer, total_steps=run.steps, policy=policy, writer=writer)
+        if run.schedule == REPLAY:
+            assert paths is not None
+            scheduled.controller.policy = replay.Replay(scheduled.controller, paths)
     else:
         scheduler = SCHEDULES[run.schedule](optimizer, run.steps)
 
@@ -141,7 +174,7 @@ def perform(
         loss = nn.functional.cross_entropy(network(x), y)
         loss.backward()
         group = optimizer.param_groups[0]
-        if run.schedule == POLICY:
+        if scheduled is not None:
             scheduled.step(loss=loss)
             lr = float(group["lr"])
         else:
@@ -160,12 +193,13 @@ def perform(
     seconds = time.perf_counter() - start
     if writer is not None:
         writer.close()
-    return {
+    result = {
         "log_loss": math.log(curve[-1][1]) if math.isfinite(curve[-1][1]) else math.nan,
         "accuracy": curve[-1][2],
         "seconds": seconds,
-        "curve": [[step, *(float(f"{value:.5g}") for value in values)] for step, *values in curve],
+        "curve": _short(curve),
     }
+    return result if scheduled is None else {**result, "control_path": _short(scheduled.controller.control_path)}
 
 
 @torch.no_grad()
@@ -188,8 +222,26 @@ def _batches(task: Task, data: Data, run: Run) -> Iterator[tuple[Tensor, Tensor]
         yield data.inputs[rows], data.labels[rows]
 
 
+def _paths_of_others(run: Run, policy: SchedulePolicy, rows: list[dict[str, Any]]) -> list[replay.ControlPath] | None:
+    """Control paths of the policy's runs that differ from `run` in the seed alone; None if one has none."""
+    learned = [
+        row
+        for row in rows
+        if row["policy"] == policy.digest
+        and Run(**row["run"]) == replace(run, schedule=POLICY, seed=row["run"]["seed"])
+    ]
+    if not all("control_path" in row for row in learned):
+        return None
+    return [row["control_path"] for row in learned if row["run"]["seed"] != run.seed]
+
+
+def _short(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Rows that begin with an inner step, at five digits, to be written down."""
+    return [[step, *(float(f"{value:.5g}") for value in values)] for step, *values in rows]
+
+
 def _policy_of(run: Run, policy: SchedulePolicy) -> str | None:
-    return policy.digest if run.schedule == POLICY else None
+    return policy.digest if run.schedule in (POLICY, REPLAY) else None
 
 
 def _key(run: dict[str, Any], policy: str | None) -> tuple[Any, ...]:

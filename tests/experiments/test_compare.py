@@ -2,14 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from helpers import lively_policy
 
 from rlsched import SchedulePolicy
 from rlsched.experiments.compare import run as compare_run
 from rlsched.experiments.compare.analysis import PLOT, TABLE, WORST, Results, Setting, report
-from rlsched.experiments.compare.run import OPTIMIZERS, RUNS, Plan, Run, compare, perform
+from rlsched.experiments.compare.run import OPTIMIZERS, POLICY, REPLAY, RUNS, Plan, Run, compare, perform
 
 PLAN = Plan(optimizers=("sgd",), steps=(8,), seeds=2, policy_factors=(1.0, 10.0), sweep=(0.1, 1.0))
 ZERO = SchedulePolicy.zero()
@@ -62,6 +65,7 @@ def test_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     text = report(tmp_path, ZERO.digest)
     assert "learned, lr × 10" in text
     assert "best of 2" in text
+    assert "replay of its mean, lr × 10" in text
     assert (tmp_path / TABLE).read_text().strip() == text
     assert (tmp_path / PLOT).stat().st_size > 10_000
 
@@ -84,6 +88,54 @@ def test_diverged_run_counts_as_the_worst(tmp_path):
     plan = Plan(optimizers=("sgd",), steps=(30,), seeds=1, policy_factors=(1.0,), sweep=(1e6,))
     compare(plan, ZERO, tmp_path)
     assert Results(tmp_path, ZERO.digest).log_loss(Setting("digits", "sgd", 30), "constant", 1e6) == WORST
+
+
+@pytest.mark.parametrize(("optimizer", "factor"), [("sgd", 100.0), ("adam", 0.1)])
+def test_replay_of_a_runs_own_path_is_the_run(optimizer, factor):
+    """A replay that left out the probe, momentum or clipping would lose to the policy, and adapting seem to win."""
+    run = Run("digits", optimizer, 16, POLICY, factor, 3)
+    learned = perform(run, lively_policy())
+    replayed = perform(replace(run, schedule=REPLAY), lively_policy(), None, None, [learned["control_path"]])
+    np.testing.assert_allclose(replayed["control_path"], learned["control_path"], rtol=1e-4)
+    for column in (1, 3, 4):  # validation loss, learning rate, momentum
+        np.testing.assert_allclose(*(np.array(r["curve"])[:, column] for r in (replayed, learned)), rtol=1e-3)
+
+
+def test_replay_follows_the_mean_of_the_other_seeds(tmp_path):
+    """A replay that had seen its own run, or but one of the others, would be no open-loop schedule of the policy."""
+    plan = Plan(optimizers=("sgd",), steps=(20,), seeds=3, policy_factors=(1.0,), sweep=(1.0,))
+    policy = lively_policy()
+    compare(plan, policy, tmp_path)
+    runs = Results(tmp_path, policy.digest).runs[Setting("digits", "sgd", 20)]
+    learned, replays = (np.array([row["control_path"] for row in runs[name][1.0]]) for name in (POLICY, REPLAY))
+    assert [row["run"]["seed"] for row in runs[REPLAY][1.0]] == [0, 1, 2]
+    assert np.ptp(learned[:, -1, 1]) > 0.1, "paths that are all the same prove nothing"
+    for seed in range(3):
+        mean = np.delete(learned, seed, axis=0).mean(0)
+        # The first decisions make up for a safe start of its own.
+        np.testing.assert_allclose(replays[seed][3:], mean[3:], atol=1e-3)
+
+
+def test_single_seed_has_no_replay():
+    """The mean of no runs is NaN, and so would be the learning rate."""
+    plan = Plan(seeds=1)
+    assert REPLAY not in {run.schedule for run in plan.runs()}
+
+
+def test_results_without_paths_are_kept_and_not_replayed(tmp_path):
+    """Hours of results of an older version would be lost, or replays follow the mean of some of the seeds."""
+    plan = Plan(optimizers=("sgd",), steps=(6,), seeds=2, policy_factors=(1.0,), sweep=(1.0,))
+    compare(plan, ZERO, tmp_path)
+    file = tmp_path / RUNS
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    old = [row for row in rows if row["run"]["schedule"] != REPLAY]
+    del old[0]["control_path"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in old))
+    before = file.read_text()
+    with pytest.warns(UserWarning, match="runs of an older rlsched"):
+        compare(plan, ZERO, tmp_path)
+    assert file.read_text() == before
+    assert "replay" not in report(tmp_path, ZERO.digest)
 
 
 @pytest.mark.parametrize(
