@@ -250,6 +250,14 @@ class Controller:
         if self.step_count == self.total_steps:
             self.log.close()
 
+    @torch.compiler.disable
+    def zero_nonfinite_grads(self) -> None:
+        """Zero all gradients unless they are finite: those of an evaluation in the midst of a step."""
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        if grads and not self.shadow and self._shares is None:
+            norm = _total_norm(grads, None)
+            safety.zero_unless(norm.isfinite() if isinstance(norm, Tensor) else math.isfinite(norm), grads)
+
     # --- State ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

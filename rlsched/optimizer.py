@@ -141,7 +141,7 @@ class ScheduledOptimizer(Optimizer):
         if closure is None:
             self.optimizer.step()
         else:
-            self.optimizer.step(_evaluated_once(closure, loss, self.optimizer))
+            self.optimizer.step(_evaluated_once(closure, loss, self.controller))
         self.controller.after()
         return loss
 
@@ -221,7 +221,7 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            kwargs["closure"] = _evaluated_once(closure, loss, optimizer)
+            kwargs["closure"] = _evaluated_once(closure, loss, controller)
         with torch.no_grad():
             controller.before(loss)
         return (this,), kwargs
@@ -236,14 +236,23 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
     return controller
 
 
-def _evaluated_once(closure: Callable[[], Any], loss: Any, optimizer: Optimizer) -> Callable[[], Any]:
+def _evaluated_once(closure: Callable[[], Any], loss: Any, controller: Controller) -> Callable[[], Any]:
     """The closure for an optimizer, where it was evaluated already and gave `loss`.
 
     Most optimizers evaluate it first of all, which is not needed again. Some (SAM) move the weights before that.
     """
+    groups = controller.optimizer.param_groups
 
     def state() -> list[tuple[int, int]]:
-        return [(p._version, id(p.grad)) for group in optimizer.param_groups for p in group["params"]]
+        return [(p._version, id(p.grad)) for group in groups for p in group["params"]]
 
     known: list[Any] = [state()]
-    return lambda: loss if known and known.pop() == state() else closure()
+
+    def evaluate() -> Any:
+        if known and known.pop() == state():
+            return loss
+        value = closure()
+        controller.zero_nonfinite_grads()
+        return value
+
+    return evaluate

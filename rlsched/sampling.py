@@ -12,7 +12,7 @@ from torch import Tensor
 from rlsched import distributed
 from rlsched.moments import TINY, Moments
 
-SIZE = 2**13  # parameters in a sample, and at most one more of each tensor; a smaller network is measured whole
+SIZE = 2**12  # parameters in a sample, and at most one more of each tensor; a smaller network is measured whole
 
 # Rows of a sample: all but the last are taken before the step.
 LAST_GRAD, MOMENTUM, GRAD, WEIGHTS, UPDATE = range(5)
@@ -28,8 +28,9 @@ class Sample:
     Of a sharded network every rank takes those of its own shards: `finish` then writes its part of the products, whose
     sum over all ranks is that of the whole network.
 
-    Spread over the whole network, 8,000 of a few 100,000 parameters give a cosine of gradients to within 0.02 (mean of
-    a window); 65,000 that lie together missed by up to 0.1, since the gradients of one row of weights are alike.
+    Spread over the whole network, 4,000 of a few 100,000 parameters give a cosine of gradients to within 0.02 (average
+    error of the mean of a window); 65,000 that lie together missed by up to 0.1, since the gradients of one row of
+    weights are alike.
     """
 
     def __init__(self, parameters: Sequence[Tensor], last_grad: Tensor | None = None) -> None:
