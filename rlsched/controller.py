@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import warnings
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched import control, moments, safety, sampling, signals
+from rlsched import control, distributed, moments, safety, sampling, signals
 from rlsched.control import CLIP, CONTROL_NAMES, LR, MOMENTUM
 from rlsched.frozen import FrozenSchedule, Window
 from rlsched.moments import Moments
@@ -36,7 +37,7 @@ MAX_PROBES = 20  # inner steps, until one of them is finite and small enough
 LARGEST = torch.finfo(torch.float32).max  # number in a record
 LOGGER = logging.getLogger("rlsched")
 
-# Keys of a controller's state_dict.
+STATE_KEY = "rlsched"  # of a controller's state, as bytes; what follows are the keys in it
 LISTS = ("base_lrs", "base_momenta", "control_path")
 SCALARS = (
     "step_count",
@@ -49,7 +50,7 @@ SCALARS = (
     "lr_offset",
 )
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
-HISTORY, GUARD, INTERVENTIONS = "history", "guard", "interventions"
+HISTORY, GUARD, INTERVENTIONS, LOSSES = "history", "guard", "interventions", "losses"
 TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "total_steps", "interval", "controls", "policy"
 
 
@@ -170,6 +171,10 @@ class Controller:
             self.observe(loss)
         parameters = self._parameters()
         grads = [p.grad for p in parameters if p.grad is not None]
+        if self._shares is not None:
+            grads = [distributed.local(grad) for grad in grads]
+        if loss is None and self._only_creates_state(grads):
+            return
         losses, self._losses = self._losses, []
         if not grads:
             self.skipped += 1
@@ -186,7 +191,11 @@ class Controller:
                 self._adopt(group)
             self._apply()
         self._loss_was_reported |= bool(losses)
-        loss = _mean(losses, self._ranks, self.window.device)
+        # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
+        loss, norm = _mean(losses, self.window.device), _total_norm(grads, self._shares_of_grads(parameters))
+        if self._ranks > 1:
+            common: dict[str, Any] = {"sharded": self._shares is not None, "device": self.window.device}
+            loss, norm = distributed.whole_step(loss, norm, reported=bool(losses), **common)
         if self.step_count == self.next_decision:
             self._decide(loss)
         if self.step_count == 0 and (self.probing or self._keeps_snapshots):
@@ -201,8 +210,6 @@ class Controller:
             for p in parameters:
                 p.grad = None
             return
-        # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
-        norm = _total_norm(grads)
         cells: Any = record
         finite: Tensor | bool
         if isinstance(norm, Tensor):
@@ -243,39 +250,60 @@ class Controller:
         if self.step_count == self.total_steps:
             self.log.close()
 
+    @torch.compiler.disable
+    def zero_nonfinite_grads(self) -> None:
+        """Zero all gradients unless they are finite: those of an evaluation in the midst of a step."""
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        if grads and not self.shadow and self._shares is None:
+            norm = _total_norm(grads, None)
+            safety.zero_unless(norm.isfinite() if isinstance(norm, Tensor) else math.isfinite(norm), grads)
+
     # --- State ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as tensors, numbers and strings."""
-        names = (*LISTS, *SCALARS, *TENSORS)
-        state: dict[str, Any] = {name: getattr(self, name) for name in names}
-        state = {name: list(v) if name in LISTS else v for name, v in state.items()}
-        state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}
-        state |= {HISTORY: torch.stack(self.history), GUARD: self.guard.state_dict()}
-        return {**state, INTERVENTIONS: [tuple(i) for i in self.interventions], **self._identity()}
+        """Everything that the next step depends on, as bytes under "rlsched".
+
+        Checkpoints of torch.distributed ask a fresh controller for the names and shapes of what they load. Those of a
+        run in progress are others: bytes have none. Of a model that is sharded all ranks have to call this.
+        """
+        state = {name: getattr(self, name) for name in (*LISTS, *SCALARS, *TENSORS)}
+        if self._shares is not None:
+            state["window"] = None if self.window is None else self._whole_window()
+            state["last_grad"] = None if self.last_grad is None else distributed.merged(self.last_grad)
+        state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}  # a view saves its base
+        state[HISTORY], state[LOSSES] = torch.stack(self.history), [float(loss) for loss in self._losses]
+        state |= {GUARD: self.guard.state_dict(), INTERVENTIONS: [tuple(i) for i in self.interventions]}
+        file = io.BytesIO()
+        torch.save({**state, **self._identity()}, file)
+        return {STATE_KEY: file.getvalue()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was.
 
         Raises:
-            ValueError: the state is of a run with another policy, other controls, total_steps or decisions.
+            ValueError: the state is of a run with another policy, other controls, total_steps or decisions, or of no
+                controller at all.
         """
+        if not state_dict.get(STATE_KEY):
+            raise ValueError(f"state_dict has no {STATE_KEY!r}, so it is not of a rlsched.Controller")
+        state_dict = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
         for name, value in self._identity().items():
             if state_dict[name] != value:
                 raise ValueError(f"state_dict is of a run with {name}={state_dict[name]!r}, this one has {value!r}")
         device = self._parameters()[0].device
         for name in (*LISTS, *SCALARS):
-            value = state_dict[name]
-            setattr(self, name, list(value) if name in LISTS else value)
+            setattr(self, name, state_dict[name])
         for name in TENSORS:
             value = state_dict[name]
             where = torch.device("cpu") if name in ("control_state", "base_state") else device
-            setattr(self, name, None if value is None else value.clone().to(where))
-        self.history = History(*state_dict[HISTORY].cpu().unbind())
+            setattr(self, name, None if value is None else value.to(where))
+        if self.window is not None and self._shares is not None:
+            self.window = distributed.own_window(self.window, sampling.PRODUCTS)
+        self.history = History(*state_dict[HISTORY].unbind())
         self.guard.load_state_dict(state_dict[GUARD])
         self.interventions = [Intervention(*i) for i in state_dict[INTERVENTIONS]]
         self._snapshot = None
-        self._losses, self._lrs = [], []
+        self._losses, self._lrs = state_dict[LOSSES], []
         self._apply()
 
     @property
@@ -343,14 +371,14 @@ class Controller:
     def _decide(self, loss: Tensor | float) -> None:
         assert self.window is not None
         # The only place where the host waits for an accelerator.
-        window = sampling.moments_of(self.window[: self.window_length].cpu())
+        window = sampling.moments_of(self._whole_window()[: self.window_length].cpu())
         if self._first_momentum() == 0:  # there is only the last gradient to agree with
             window = window._replace(momentum_cosine=window.grad_cosine)
         if self.probing and self._must_probe_again(window):
             self._open_window(1)
             return
         self.probing = False
-        if not self._loss_was_reported:
+        if not self._loss_was_reported and window.loss.isnan().all():  # nor on another rank
             self._warn(
                 "no loss",
                 "no loss was reported, so the schedule follows the gradients alone: pass step(loss=loss) or a closure",
@@ -533,7 +561,7 @@ class Controller:
     def _apply(self) -> None:
         """Work out what the control state means for each parameter group, until it changes."""
         groups = range(len(self.base_lrs))
-        self._ranks = _world_size()
+        self._ranks, self._shares = distributed.ranks(), distributed.shares(self._parameters())
         _, lr, momentum, _ = self._place()
         self._multiple = float(control.clip_multiple(self.control_state[CLIP]))
         self._momenta = [self._momentum(i, momentum) for i in groups]
@@ -619,12 +647,30 @@ class Controller:
                 states = (self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state)
                 buffers = [s["momentum_buffer"] for s in states if s.get("momentum_buffer") is not None]
                 if buffers:
-                    torch._foreach_mul_(buffers, factor)
+                    torch._foreach_mul_([distributed.local(buffer) for buffer in buffers], factor)
 
     # --- Helpers ----------------------------------------------------------------------------------------------------
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _shares_of_grads(self, parameters: Sequence[Tensor]) -> list[float] | None:
+        if self._shares is None:
+            return None
+        return [share for share, p in zip(self._shares, parameters, strict=True) if p.grad is not None]
+
+    def _only_creates_state(self, grads: Sequence[Tensor]) -> bool:
+        """Whether this is the step of torch.distributed.checkpoint that makes an optimizer create its state."""
+        if self.optimizer.state:
+            return False
+        lrs = [group["lr"] for group in self.optimizer.param_groups]
+        known = all(not isinstance(lr, Tensor) or safety.on_host(lr) for lr in lrs)
+        return known and not any(lrs) and bool(grads) and not any(grad.any() for grad in grads)
+
+    def _whole_window(self) -> Tensor:
+        """The window as it is of the whole model, the same on all ranks."""
+        assert self.window is not None
+        return distributed.whole_window(self.window, sampling.PRODUCTS, sharded=self._shares is not None)
 
     def _momentum_of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Where the optimizer keeps the momentum of each parameter."""
@@ -645,32 +691,27 @@ def _set_lr(group: dict[str, Any], lr: Any) -> None:
         group["lr"] = lr
 
 
-def _mean(losses: list[Tensor | float], ranks: int, device: torch.device) -> Tensor | float:
-    """Mean over the losses that are finite, and over all ranks; 0, which has no logarithm either, if there is none.
+def _mean(losses: list[Tensor | float], device: torch.device) -> Tensor | float:
+    """Mean over the losses that are finite; 0, which has no logarithm either, if there is none.
 
-    A step that a GradScaler skips leaves its loss, perhaps infinite, to the next one. Ranks that decided by their own
-    part of the loss would drift apart.
+    A step that a GradScaler skips leaves its loss, perhaps infinite, to the next one.
     """
-    if not losses or (ranks == 1 and len(losses) == 1):
+    if len(losses) < 2:
         return losses[0] if losses else 0.0
     like: dict[str, Any] = {"dtype": torch.float32, "device": device}  # torch.full does not wait, as a copy would
     values = torch.stack([x.to(**like) if isinstance(x, Tensor) else torch.full((), x, **like) for x in losses])
-    mean = torch.where(values.isfinite(), values, torch.nan).nanmean()
-    if ranks > 1:
-        torch.distributed.all_reduce(mean)
-        mean /= ranks
-    return mean
+    return torch.where(values.isfinite(), values, torch.nan).nanmean()
 
 
-def _world_size() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
+def _total_norm(grads: list[Tensor], shares: list[float] | None) -> Tensor | float:
+    """Norm of all gradients, in single precision at least: half precision overflows at 65,504.
 
-
-def _total_norm(grads: list[Tensor]) -> Tensor | float:
-    """Norm of all gradients, in single precision at least: half precision overflows at 65,504."""
+    Of gradients that several ranks hold, only this rank's `shares` of their squares count.
+    """
     double = any(grad.dtype == torch.float64 for grad in grads)
     norms = torch._foreach_norm(grads, 2.0, torch.float64 if double else torch.float32)
+    if shares is not None:
+        torch._foreach_mul_(norms, [math.sqrt(share) for share in shares])
     if safety.on_host(grads[0]):
         return math.hypot(*map(float, norms))
     return torch.linalg.vector_norm(torch.stack(norms)).float()

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from rlsched.controller import Controller
+from rlsched.controller import STATE_KEY, Controller
 from rlsched.frozen import FrozenSchedule
-
-STATE_KEY = "rlsched"  # of the controller's state in an optimizer's state_dict
 
 __all__ = ["Controller", "ScheduledOptimizer", "attach"]
 
@@ -80,10 +78,13 @@ class ScheduledOptimizer(Optimizer):
         - The first step is taken at a thousandth of the learning rate, to learn whether the full one would diverge.
           If even that goes too far, it is undone and repeated at a thousandth of a thousandth, and so on.
         - An optimizer without momentum (SGD's default) keeps it that way.
-        - Where torch.distributed is initialized, all ranks have to report a loss, or none; its mean counts.
+        - Where torch.distributed is initialized, all ranks of its default group train one model, and take the same
+          steps and decisions: by the mean loss of those ranks that report one, and by the gradients of the whole
+          model. With parameters that `fully_shard` (FSDP2) has sharded, all ranks have to call `state_dict`.
 
     Raises:
-        ValueError: an argument is out of its range, the optimizer has no "lr", or gradients are sparse.
+        ValueError: an argument is out of its range, the optimizer has no "lr", gradients are sparse, or parameters
+            are those of FSDP1.
         DivergenceError: in `step`, with `on_divergence="raise"`.
         FileNotFoundError, PolicyFileError: the policy cannot be loaded.
     """
@@ -97,6 +98,9 @@ class ScheduledOptimizer(Optimizer):
         self.controller = Controller(optimizer, **options)
         # Hook tables and the patched `step` of the base class, but not its parameter groups: those are delegated.
         super().__setstate__({"defaults": optimizer.defaults})
+        # The first group has the controller's state in a state_dict, since torch.distributed.checkpoint drops all that
+        # is not in a group or of a parameter; and it looks into the live group for what to load.
+        optimizer.param_groups[0][STATE_KEY] = None
 
     # Optimizers rebind these in load_state_dict, so a copied reference would go stale.
     @property
@@ -137,7 +141,7 @@ class ScheduledOptimizer(Optimizer):
         if closure is None:
             self.optimizer.step()
         else:
-            self.optimizer.step(_evaluated_once(closure, loss, self.optimizer))
+            self.optimizer.step(_evaluated_once(closure, loss, self.controller))
         self.controller.after()
         return loss
 
@@ -166,18 +170,21 @@ class ScheduledOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state_dict, with the controller's under "rlsched"."""
-        return {**self.optimizer.state_dict(), STATE_KEY: self.controller.state_dict()}
+        """The wrapped optimizer's state_dict, with the controller's state in the first parameter group."""
+        state_dict = self.optimizer.state_dict()
+        state_dict["param_groups"][0].update(self.controller.state_dict())
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was; see `Controller.load_state_dict` for the errors."""
-        if STATE_KEY not in state_dict:
+        first, *others = state_dict.get("param_groups") or [{}]
+        if not first.get(STATE_KEY):
             raise ValueError(
-                f"state_dict has no {STATE_KEY!r}, so it is not of a ScheduledOptimizer; a plain optimizer's is for "
-                "the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
+                f"state_dict has no {STATE_KEY!r} in its first parameter group, so it is not of a ScheduledOptimizer; "
+                "a plain optimizer's is for the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
             )
-        self.controller.load_state_dict(state_dict[STATE_KEY])
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+        self.controller.load_state_dict({STATE_KEY: first[STATE_KEY]})
+        self.optimizer.load_state_dict({**state_dict, "param_groups": [{**first, STATE_KEY: None}, *others]})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "controller": self.controller, "defaults": self.defaults}
@@ -199,8 +206,8 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
 
     Returns:
         The controller. Its `observe(loss)` reports losses, unless they come with `optimizer.step(loss=loss)` or a
-        closure; its `state_dict` has to be saved beside the optimizer's; `detach()` takes the hooks off. Hooks
-        are lost when torch copies or pickles an optimizer.
+        closure; its `state_dict` has to be saved beside the optimizer's (`torch.distributed.checkpoint` takes the
+        controller itself); `detach()` takes the hooks off. Hooks are lost when torch copies or pickles an optimizer.
     """
     if isinstance(optimizer, ScheduledOptimizer):
         raise ValueError("optimizer is a ScheduledOptimizer already")
@@ -217,7 +224,7 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
         with torch.no_grad():
             controller.before(loss)
         if closure is not None:  # known of the weights as they are now, rolled back perhaps
-            kwargs["closure"] = _evaluated_once(closure, loss, optimizer)
+            kwargs["closure"] = _evaluated_once(closure, loss, controller)
         return (this,), kwargs
 
     @torch.no_grad()
@@ -230,14 +237,23 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
     return controller
 
 
-def _evaluated_once(closure: Callable[[], Any], loss: Any, optimizer: Optimizer) -> Callable[[], Any]:
+def _evaluated_once(closure: Callable[[], Any], loss: Any, controller: Controller) -> Callable[[], Any]:
     """The closure for an optimizer, where it was evaluated already and gave `loss`.
 
     Most optimizers evaluate it first of all, which is not needed again. Some (SAM) move the weights before that.
     """
+    groups = controller.optimizer.param_groups
 
     def state() -> list[tuple[int, int]]:
-        return [(p._version, id(p.grad)) for group in optimizer.param_groups for p in group["params"]]
+        return [(p._version, id(p.grad)) for group in groups for p in group["params"]]
 
     known: list[Any] = [state()]
-    return lambda: loss if known and known.pop() == state() else closure()
+
+    def evaluate() -> Any:
+        if known and known.pop() == state():
+            return loss
+        value = closure()
+        controller.zero_nonfinite_grads()
+        return value
+
+    return evaluate

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlsched import distributed
 from rlsched.moments import TINY, Moments
 
-SIZE = 2**13  # parameters in a sample, and at most one more of each tensor; a smaller network is measured whole
+SIZE = 2**12  # parameters in a sample, and at most one more of each tensor; a smaller network is measured whole
 
 # Rows of a sample: all but the last are taken before the step.
 LAST_GRAD, MOMENTUM, GRAD, WEIGHTS, UPDATE = range(5)
@@ -24,8 +25,12 @@ COLUMNS = 28
 class Sample:
     """Every k-th parameter of a network: its gradients, momentum and weights, as rows of one matrix.
 
-    Spread over the whole network, 8,000 of a few 100,000 parameters give a cosine of gradients to within 0.02 (mean of
-    a window); 65,000 that lie together missed by up to 0.1, since the gradients of one row of weights are alike.
+    Of a sharded network every rank takes those of its own shards: `finish` then writes its part of the products, whose
+    sum over all ranks is that of the whole network.
+
+    Spread over the whole network, 4,000 of a few 100,000 parameters give a cosine of gradients to within 0.02 (average
+    error of the mean of a window); 65,000 that lie together missed by up to 0.1, since the gradients of one row of
+    weights are alike.
     """
 
     def __init__(self, parameters: Sequence[Tensor], last_grad: Tensor | None = None) -> None:
@@ -34,8 +39,22 @@ class Sample:
         self.parameters = parameters
         self.chosen = _without_the_smallest(parameters) if self._every > 1 else parameters
         # Of tensors that do not lie in the order of their dimensions (channels last): the order in which they lie.
-        self._orders = [None if p.is_contiguous() else np.argsort(p.stride())[::-1].tolist() for p in self.chosen]
+        plain = [p.is_contiguous() or distributed.is_sharded(p) for p in self.chosen]
+        self._orders = [
+            None if is_plain else np.argsort(p.stride())[::-1].tolist()
+            for p, is_plain in zip(self.chosen, plain, strict=True)
+        ]
         self._kept: dict[int, tuple[list[int], list[Tensor]]] = {}
+        shares = distributed.shares(self.chosen)
+        self._sharded = shares is not None
+        self._taken: list[slice | Tensor] = [slice(None, None, self._every) for _ in self.chosen]
+        self._places: list[slice | Tensor] = []  # of what is taken of each shard, in the sample of the whole network
+        self._whole = 0  # length of that
+        if self._sharded:
+            for i, p in enumerate(self.chosen):
+                self._taken[i], place = distributed.part_of_every(p, self._every, self._whole)
+                self._places.append(place)
+                self._whole += -(-p.numel() // self._every)
         parts = self._parts_kept(WEIGHTS, self.chosen)
         lengths = [part.numel() for part in parts]
         self._length = sum(lengths)
@@ -47,13 +66,28 @@ class Sample:
             for row in self._rows
         ]
         self._zero = self._matrix.new_zeros(())
-        if last_grad is not None and last_grad.numel() == self._length:
+        self._weights: Tensor | None = None  # of the columns, in sums over all ranks
+        if shares is not None and set(shares) != {1.0}:
+            self._weights = self._matrix.new_zeros(padded)
+            for weights, share in zip(self._weights[: self._length].split(lengths), shares, strict=True):
+                weights.fill_(share)
+        if last_grad is None or last_grad.numel() != self.last_grad.numel():
+            return
+        if self._sharded:
+            for view, place in zip(self._views[GRAD], self._places, strict=True):
+                view.copy_(last_grad[place].view(view.shape))
+        else:
             self.last_grad.copy_(last_grad)
 
     @property
     def last_grad(self) -> Tensor:
-        """The gradient that was taken last, (length,)."""
-        return self._rows[GRAD][: self._length]
+        """The gradient that was taken last, (length,); -inf at the places of other ranks' shards."""
+        if not self._sharded:
+            return self._rows[GRAD][: self._length]
+        whole = self._matrix.new_full((self._whole,), -torch.inf)
+        for view, place in zip(self._views[GRAD], self._places, strict=True):
+            whole[place] = view.reshape(-1)
+        return whole
 
     def is_of(self, parameters: Sequence[Tensor]) -> bool:
         """Whether these are the parameters that the sample was planned for."""
@@ -62,7 +96,7 @@ class Sample:
     def take_grad(self) -> None:
         """Copy the gradients into their row; those before become the last ones."""
         self._rows[LAST_GRAD].copy_(self._rows[GRAD])
-        torch._foreach_copy_(self._views[GRAD], self._parts([p.grad for p in self.chosen]))
+        torch._foreach_copy_(self._views[GRAD], self._parts(self._local([p.grad for p in self.chosen])))
 
     def take_momentum(self, momentum: Sequence[Tensor | None]) -> None:
         """Copy the optimizer's momentum of the chosen parameters into its row."""
@@ -76,26 +110,38 @@ class Sample:
         """Take the update, now that the step is done, and write the products of all rows into `record`."""
         torch._foreach_copy_(self._views[UPDATE], self._parts_kept(WEIGHTS, self.chosen))
         torch.sub(self._rows[WEIGHTS], self._rows[UPDATE], out=self._rows[UPDATE])
-        torch.mm(self._matrix, self._transposed, out=record[PRODUCTS].view(5, 5))
+        weighted = self._matrix if self._weights is None else self._matrix * self._weights
+        torch.mm(weighted, self._transposed, out=record[PRODUCTS].view(5, 5))
+
+    def _local(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        return [distributed.local(tensor) for tensor in tensors] if self._sharded else tensors
 
     def _parts(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """What is taken of tensors, one for each chosen parameter; zero of a tensor that is None."""
         parts = []
-        for tensor, order in zip(tensors, self._orders, strict=True):
+        for tensor, order, taken in zip(tensors, self._orders, self._taken, strict=True):
             if tensor is None:
                 parts.append(self._zero)
             elif self._every == 1:
                 parts.append(tensor)
             else:
-                parts.append((tensor.permute(order) if order else tensor).reshape(-1)[:: self._every])
+                parts.append((tensor.permute(order) if order else tensor).reshape(-1)[taken])
         return parts
 
     def _parts_kept(self, row: int, tensors: Sequence[Tensor | None]) -> list[Tensor]:
         """The same, kept for as long as the tensors stay where they are."""
+        tensors = self._local(tensors)
         where = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if row not in self._kept or self._kept[row][0] != where:
-            self._kept[row] = where, self._parts([None if tensor is None else tensor.detach() for tensor in tensors])
-        return self._kept[row][1]
+        if row in self._kept and self._kept[row][0] == where:
+            return self._kept[row][1]
+        parts = self._parts([None if tensor is None else tensor.detach() for tensor in tensors])
+        if all(tensor is None or _is_view(part, tensor) for part, tensor in zip(parts, tensors, strict=True)):
+            self._kept[row] = where, parts
+        return parts
+
+
+def _is_view(part: Tensor, tensor: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
 
 
 def _without_the_smallest(parameters: Sequence[Tensor]) -> list[Tensor]:

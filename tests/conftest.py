@@ -1,4 +1,4 @@
-"""What every test runs under: two threads at most, no display, fixed seeds."""
+"""What every test runs under: one thread, no display, fixed seeds."""
 
 import os
 import random
@@ -8,12 +8,16 @@ import pytest
 import torch
 
 os.environ["MPLBACKEND"] = "Agg"
-torch.set_num_threads(min(2, torch.get_num_threads()))
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 
 @pytest.fixture(autouse=True)
-def _seeds() -> None:
-    """Seed the global generators, so that no test depends on the ones before it."""
+def _start() -> None:
+    """Seed the global generators and go back to one thread, so that no test depends on the ones before it.
+
+    The networks here are so small that a second thread costs more than it gives.
+    """
+    torch.set_num_threads(1)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

@@ -1,43 +1,411 @@
-"""Two processes that train one network with DistributedDataParallel."""
+"""Two processes that train one network: DistributedDataParallel and FSDP2, measured, scheduled, saved and resumed."""
 
+import copy
 import math
+import traceback
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
 
+import pytest
 import torch
 import torch.distributed as dist
 from helpers import lively_policy, loss_at, network
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from rlsched import ScheduledOptimizer
-from rlsched.moments import Moments
+from rlsched import ScheduledOptimizer, attach, distributed, sampling
 
-STEPS = 30
+STEPS, STOP = 30, 14  # windows of 4, after the first inner step; the save is in the middle of one
+BAD = (18, 19, 20)  # steps that are not finite: the last ones before a decision, and enough for a divergence
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, 0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+}
 
 
-def train_rank(rank, folder):
-    """One of two ranks: its own data, and once a loss that is infinite here only."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = DistributedDataParallel(network())
-    inner = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy())
+# --- Ways to spread a network over the ranks ------------------------------------------------------------------------
+
+
+def alone(model):
+    """One process, which the others are compared with."""
+    return model
+
+
+def replicated(model):
+    """DistributedDataParallel: each rank has the whole network."""
+    return DistributedDataParallel(model)
+
+
+def sharded(model):
+    """FSDP2: each rank has some rows of each parameter; of the last bias two, and one."""
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def in_columns(model):
+    """FSDP2 that cuts the matrices along another dimension than the first."""
+    return fully_shard(model, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+
+
+def in_replicas(model):
+    """FSDP2 on a mesh of two dimensions: here each rank has all of the only shard."""
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards")))
+
+
+def in_part(model):
+    """FSDP2 of the first layer; the last one is replicated, as its owner averages its gradients himself."""
+
+    def average(p):
+        dist.all_reduce(p.grad)
+        p.grad /= 2
+
+    fully_shard(model[0])
+    for p in model[2].parameters():
+        p.register_post_accumulate_grad_hook(average)
+    return model
+
+
+# --- Training, on a rank and alone ----------------------------------------------------------------------------------
+
+
+def loss_of(rank, model, step):
+    """The loss of this rank's half of a batch; alone, of the whole batch."""
+    halves = (0, 1) if rank is None else (rank,)
+    return torch.stack([loss_at(model, 100 * half + step) for half in halves]).mean()
+
+
+def full(tensor):
+    """The whole of a tensor that may be sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+class Training:
+    """A network in training, spread in one of the ways above."""
+
+    def __init__(self, rank, spread, make, face=ScheduledOptimizer, **options):
+        self.rank, self.path = rank, []
+        self.model = spread(network())
+        self.inner = make(self.model.parameters())
+        options = {"total_steps": STEPS, "decisions": 8, "policy": lively_policy(), "max_grad_norm": 0.5, **options}
+        driver = face(self.inner, **options)
+        self.optimizer, self.controller = (self.inner, driver) if face is attach else (driver, driver.controller)
+
+    def run(self, steps, spoil=None, report=True):
+        """Train, and note all controls; `spoil(step, rank, loss, parameters)` returns another loss to report."""
+        for step in steps:
+            self.optimizer.zero_grad()
+            loss = loss_of(self.rank, self.model, step)
+            loss.backward()
+            if spoil is not None:
+                loss = spoil(step, self.rank, loss.detach(), list(self.model.parameters()))
+            self.optimizer.step(**({"loss": loss} if report else {}))
+            group = self.inner.param_groups[0]
+            momentum = group["betas"][0] if "betas" in group else group["momentum"]
+            self.path.append(torch.tensor([group["lr"], momentum, *self.controller.control_state]))
+        return self
+
+    def result(self):
+        """What the training came to: the controls at each step and the weights."""
+        return {"path": torch.stack(self.path), "weights": [full(p) for p in self.model.parameters()]}
+
+
+def infinite_loss_on_one_rank(step, rank, loss, parameters):
+    """The harm that comes of one rank's own data."""
+    return torch.tensor(math.inf) if step in BAD and rank in (None, 1) else loss
+
+
+def bad_gradient_on_one_rank(step, rank, loss, parameters):
+    """The last row of the last matrix, which is in the shard of the last rank."""
+    if step in BAD and rank in (None, 1):
+        grad = parameters[2].grad
+        (grad.to_local() if hasattr(grad, "to_local") else grad)[-1] = math.nan
+    return loss
+
+
+# --- What the ranks do ----------------------------------------------------------------------------------------------
+
+SPREAD = {f.__name__: f for f in (replicated, sharded, in_columns, in_replicas, in_part)}
+SPOILT = {f.__name__: f for f in (infinite_loss_on_one_rank, bad_gradient_on_one_rank)}
+SIZES = {"whole": 2**13, "sampled": 20}  # numbers in a sample; the network has 83
+SAVES = {  # optimizer, face, and options of torch's helpers
+    "SGD": ("SGD", ScheduledOptimizer, {}),
+    "SGD, attached, flat": ("SGD", attach, {"flatten_optimizer_state_dict": True}),
+    "AdamW, attached": ("AdamW", attach, {}),
+    "AdamW, flat": ("AdamW", ScheduledOptimizer, {"flatten_optimizer_state_dict": True}),
+}
+
+
+@contextmanager
+def samples_of(size):
+    """Networks are measured on samples of so many numbers."""
+    sampling.SIZE, before = SIZES[size], sampling.SIZE
+    try:
+        yield
+    finally:
+        sampling.SIZE = before
+
+
+def trained(rank, spread, make, size="whole", spoil=None):
+    """A whole run, which is rolled back if it diverges."""
+    with samples_of(size):
+        return Training(rank, spread, make, on_divergence="rollback").run(range(STEPS), spoil).result()
+
+
+def loss_on_one_rank(rank):
+    """Only the first rank reports a loss; no rank warns that there is none."""
+    it = Training(rank, replicated, OPTIMIZERS["SGD"]).run([0], report=rank == 0)
+    seen = it.controller.window[0, sampling.LOSS].clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        it.run([1], report=rank == 0)
+    return seen
+
+
+def flat_shards(rank):
+    """What the wrapper says of FSDP1, whose parameters are flat."""
+    model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
+    try:
+        ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=STEPS)
+    except ValueError as error:
+        return [str(error)]
+
+
+def unlike_replicas(rank):
+    """The second rank measures what it measures a little differently, as another kind of processor might."""
+    it = Training(rank, replicated, OPTIMIZERS["SGD"])
     for step in range(STEPS):
-        optimizer.zero_grad()
-        loss = loss_at(model, 100 * rank + step)
-        loss.backward()
-        optimizer.step(loss=math.inf if (rank, step) == (1, 20) else loss)
-    seen = optimizer.controller.window[Moments._fields.index("loss"), 0]
-    torch.save([model.module.state_dict(), optimizer.controller.control_state, loss.detach(), seen], f"{folder}/{rank}")
+        it.run([step])
+        it.controller.window[:, sampling.PRODUCTS] *= 1 + 1e-3 * rank * torch.rand(25)
+    return it.result()
+
+
+def resumed_replicas(rank, make, folder):
+    """The first rank saves what all of them resume from."""
+    it = Training(rank, replicated, make).run(range(STOP))
+    if rank == 0:
+        torch.save([it.model.state_dict(), it.optimizer.state_dict()], f"{folder}/checkpoint")
+    dist.barrier()
+    model, optimizer = torch.load(f"{folder}/checkpoint", weights_only=True)
+    again = Training(rank, replicated, make)
+    again.model.load_state_dict(model)
+    again.optimizer.load_state_dict(optimizer)
+    again.path = it.path[:]
+    return [training.run(range(STOP, STEPS)).result() for training in (it, again)]
+
+
+def resumed_shards(rank, make, folder, face, options):
+    """All ranks save and load through torch.distributed.checkpoint."""
+    it = Training(rank, sharded, make, face).run(range(STOP))
+    options = StateDictOptions(**options)
+
+    def state(it):
+        model, optimizer = get_state_dict(it.model, it.optimizer, options=options)
+        return {"model": model, "optimizer": optimizer, **({"schedule": it.controller} if face is attach else {})}
+
+    save(state(it), checkpoint_id=folder)
+    again = Training(rank, sharded, make, face)
+    loaded = state(again)
+    load(loaded, checkpoint_id=folder)
+    set_state_dict(
+        again.model,
+        again.optimizer,
+        model_state_dict=loaded["model"],
+        optim_state_dict=loaded["optimizer"],
+        options=options,
+    )
+    assert again.controller.state_dict() == it.controller.state_dict()
+    again.path = it.path[:]
+    return [training.run(range(STOP, STEPS)).result() for training in (it, again)]
+
+
+@samples_of("sampled")
+def gathered_state(rank):
+    """The state of a sharded run as one process would have it, and how that run ends."""
+    it = Training(rank, sharded, OPTIMIZERS["AdamW"]).run(range(STOP))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = copy.deepcopy(get_state_dict(it.model, it.optimizer, options=options))
+    return state, it.run(range(STOP, STEPS)).result()
+
+
+def jobs(folder):
+    """Everything that the two ranks do, by name."""
+    for kind, make in OPTIMIZERS.items():
+        for spread in (replicated, sharded):
+            yield (spread.__name__, kind), lambda rank, s=spread, m=make: trained(rank, s, m)
+        yield ("resumed", kind), lambda rank, m=make, k=kind: resumed_replicas(rank, m, folder)
+    for name, (kind, face, options) in SAVES.items():
+        yield (
+            ("saved", name),
+            lambda rank, a=(OPTIMIZERS[kind], f"{folder}/{name}", face, options): resumed_shards(rank, *a),
+        )
+    for spread in (sharded, in_columns, in_replicas, in_part):
+        for size in SIZES:
+            yield (spread.__name__, size), lambda rank, s=spread, n=size: trained(rank, s, OPTIMIZERS["SGD"], n)
+    for spread in (replicated, sharded):
+        for name, spoil in SPOILT.items():
+            if (spread, spoil) != (replicated, bad_gradient_on_one_rank):  # replicas have the same gradients
+                yield (
+                    (spread.__name__, name),
+                    lambda rank, s=spread, f=spoil: trained(rank, s, OPTIMIZERS["AdamW"], spoil=f),
+                )
+    yield "loss on one rank", loss_on_one_rank
+    yield "unlike", unlike_replicas
+    yield "flat shards", flat_shards
+    yield "gathered", gathered_state
+
+
+def work(rank, folder):
+    """One of two ranks: does everything, and leaves what came of it, errors included, to the tests."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    results = {}
+    for name, job in jobs(folder):
+        try:
+            results[name] = job(rank)
+        except Exception:
+            results[name] = traceback.format_exc()
+    torch.save(results, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
-def test_ranks_decide_alike(tmp_path):
-    """Each rank sees another loss; with learning rates of their own, their copies of the network would part."""
-    torch.multiprocessing.spawn(train_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
-    weights, states, losses, seen = zip(*ranks, strict=True)
-    assert torch.equal(*states)
-    assert torch.equal(*seen)
-    torch.testing.assert_close(seen[0], sum(losses) / 2)
-    for one, other in zip(*(w.values() for w in weights), strict=True):
-        assert torch.equal(one, other)
-        assert one.isfinite().all()
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What came of each job on both ranks. They are started once: that takes longer than all that they do."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    results = [torch.load(folder / str(rank), weights_only=False) for rank in range(2)]
+
+    def of(name):
+        for result in (both := [result[name] for result in results]):
+            assert not isinstance(result, str), result
+        return both
+
+    return of
+
+
+def assert_same(one, other, **tolerance):
+    """Two results are equal: to the last bit, or to a tolerance."""
+    torch.testing.assert_close(one, other, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+def assert_close(one, other):
+    """Two results differ as sums in another order do, after some thirty steps."""
+    assert_same(one, other, rtol=1e-3, atol=1e-5)
+
+
+# --- Tests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("spread", ["replicated", "sharded"])
+def test_two_ranks_are_one_process_on_the_joined_batch(ranks, spread, kind):
+    """Ranks that decide by their own loss or their own shards take learning rates of their own, and their copies of the
+    network part; a schedule for shards alone is not that of the network.
+    """
+    one, other = ranks((spread, kind))
+    assert_same(one, other)
+    expected = trained(None, alone, OPTIMIZERS[kind])
+    assert_close(one, expected)
+    assert (expected["path"].std(0) > 1e-3).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("spread", ["sharded", "in_columns", "in_replicas", "in_part"])
+def test_sample_of_shards_is_the_sample_of_the_network(ranks, spread, size):
+    """What several ranks hold would count several times, and parts of shards would be taken for parts of others."""
+    one, other = ranks((spread, size))
+    assert_same(one, other)
+    assert_close(one, trained(None, alone, OPTIMIZERS["SGD"], size))
+
+
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize("cuts", [(0, 5), (0, 2, 2, 5), (0, 1, 3, 5)])
+def test_blocks_have_every_number_of_a_sample_once(cuts, every):
+    """Where ranks cut a matrix along two dimensions (FSDP2 with tensor parallelism), numbers would be counted twice."""
+    whole = torch.arange(5 * 5 * 3).view(5, 5, 3)
+    sample = torch.full((100,), -1)
+    for rows in pairwise(cuts):
+        for columns in pairwise(cuts):
+            block = whole[slice(*rows), slice(*columns)]
+            offsets = (rows[0], columns[0], 0)
+            taken, place = distributed.block_of_every(whole.shape, offsets, block.shape, every, begin=4)
+            assert (sample[place] == -1).all()
+            sample[place] = block.reshape(-1)[taken]
+    expected = whole.reshape(-1)[::every]
+    assert sample[4 : 4 + len(expected)].equal(expected)
+    assert (sample == -1).sum() == 100 - len(expected)
+
+
+@pytest.mark.parametrize(
+    "spread, spoil",
+    [
+        ("replicated", "infinite_loss_on_one_rank"),
+        ("sharded", "infinite_loss_on_one_rank"),
+        ("sharded", "bad_gradient_on_one_rank"),
+    ],
+)
+def test_what_is_not_finite_on_one_rank_is_so_on_all(ranks, spread, spoil):
+    """One rank would take the step and go on, the other would roll back its weights and cut its learning rate."""
+    one, other = ranks((spread, spoil))
+    assert_same(one, other)
+    expected = trained(None, alone, OPTIMIZERS["AdamW"], spoil=SPOILT[spoil])
+    assert_close(one, expected)
+    assert all(w.isfinite().all() for w in one["weights"])
+    assert expected["path"][21, 2] < expected["path"][20, 2] - 1
+
+
+def test_loss_of_one_rank_will_do(ranks):
+    """Whoever reports it on the first rank alone would wait for the others for ever, or see half of it."""
+    one, other = ranks("loss on one rank")
+    assert_same(one, other)
+    assert_close(one, loss_of(0, network(), 0).detach())
+
+
+def test_shards_that_do_not_say_of_what_are_refused(ranks):
+    """FSDP1's ranks would each follow a schedule for their own shard, and nobody would know."""
+    for message in ranks("flat shards"):
+        assert "shard the model with torch.distributed.fsdp.fully_shard" in message[0]
+
+
+def test_ranks_that_measure_unlike_decide_alike(ranks):
+    """Where processors are of several kinds, what replicas measure differs in its last bits, and so would schedules."""
+    one, other = ranks("unlike")
+    assert_same(one, other)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_replicas_resume_bit_equal(ranks, kind):
+    """A job that is preempted would train another network than one that is not."""
+    expected, _ = ranks(("replicated", kind))
+    for saved, resumed in ranks(("resumed", kind)):
+        assert_same(saved, expected)
+        assert_same(resumed, expected)
+
+
+@pytest.mark.parametrize("way", SAVES)
+def test_shards_resume_bit_equal(ranks, way):
+    """torch's checkpoints of sharded models, in which the schedule has to find a place, would start it anew."""
+    kind, *_ = SAVES[way]
+    expected, _ = ranks(("sharded", kind))
+    for saved, resumed in ranks(("saved", way)):
+        assert_same(saved, expected)
+        assert_same(resumed, expected)
+
+
+@samples_of("sampled")
+def test_run_of_two_ranks_goes_on_alone(ranks):
+    """A run that was sharded could not go on with another number of processes."""
+    ((model, optimizer), end), _ = ranks("gathered")
+    it = Training(None, alone, OPTIMIZERS["AdamW"])
+    set_state_dict(it.model, it.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    result = it.run(range(STOP, STEPS)).result()
+    assert_close(result, {**end, "path": end["path"][-(STEPS - STOP) :]})

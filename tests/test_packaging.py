@@ -1,5 +1,6 @@
 """The names that a user imports lead to the right code, installed or not, with the extras or without."""
 
+import json
 import os
 import pkgutil
 import subprocess
@@ -9,19 +10,13 @@ import textwrap
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install inside rlsched
 EXTRAS = ("gymnasium", "stable_baselines3", "tensorboard", "matplotlib", "sklearn")
-
-
-# A name that is None in sys.modules is one that cannot be imported.
-WITHOUT_EXTRAS = f"""
-import importlib, sys
-sys.modules.update(dict.fromkeys({EXTRAS!r}))
-"""
 
 
 def run_python(code: str, cwd: Path, path: Path | None = None) -> str:
@@ -65,6 +60,53 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(out)
     return out
+
+
+@pytest.fixture(scope="module")
+def installed(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is imported where everything is installed."""
+    code = f"""
+        import json, sys
+        import rlsched
+        brought = [module for module in {EXTRAS!r} if module in sys.modules]
+        import rlsched.agents, rlsched.envs
+        files = [rlsched.__file__, rlsched.agents.__file__, rlsched.envs.__file__]
+        print(json.dumps({{"brought": brought, "files": files}}))
+    """
+    facts: dict[str, Any] = json.loads(run_python(code, cwd=tmp_path_factory.mktemp("elsewhere"), path=unpacked))
+    return facts
+
+
+@pytest.fixture(scope="module")
+def without_extras(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What happens where the extras are not installed: a name that is None in sys.modules cannot be imported."""
+    code = f"""
+        import contextlib, importlib, io, json, sys
+        sys.modules.update(dict.fromkeys({EXTRAS!r}))
+        import torch, rlsched
+        for name in {core_modules()!r}:
+            importlib.import_module("rlsched." + name)
+        weights = torch.nn.Parameter(torch.ones(3))
+        optimizer = rlsched.ScheduledOptimizer(torch.optim.SGD([weights], lr=0.1, momentum=0.9), total_steps=20)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = weights.square().sum()
+            loss.backward()
+            optimizer.step(loss=loss)
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            code = rlsched.cli.main(["train"])
+        imported = [name for name in sys.modules if name.startswith("rlsched.")]
+        facts = {{"file": rlsched.__file__, "imported": imported, "loss": loss.item()}}
+        print(json.dumps({{**facts, "code": code, "said": said.getvalue()}}))
+    """
+    facts: dict[str, Any] = json.loads(run_python(code, cwd=tmp_path_factory.mktemp("elsewhere"), path=unpacked))
+    return facts
+
+
+def core_modules() -> list[str]:
+    """Name the modules that need no extra."""
+    names = {module.name for module in pkgutil.iter_modules([str(ROOT / "rlsched")])}
+    return sorted(names - {*FOLDERS, "__main__"})
 
 
 def contents(wheel: Path) -> list[str]:
@@ -111,14 +153,9 @@ def test_sdist_builds_the_same_wheel_without_links(wheel: Path, sdist: Path, tmp
     assert contents(build("wheel", sdist, tmp_path)) == contents(wheel)
 
 
-def test_installed_package_is_imported_from_where_it_is_installed(unpacked: Path, tmp_path: Path) -> None:
+def test_installed_package_is_imported_from_where_it_is_installed(installed: dict[str, Any], unpacked: Path) -> None:
     """A wheel without rlsched.envs would go unnoticed by every test that runs in the repository."""
-    code = """
-        import rlsched.agents, rlsched.envs
-        print(rlsched.__file__, rlsched.agents.__file__, rlsched.envs.__file__, sep="\\n")
-    """
-    for file in run_python(code, cwd=tmp_path, path=unpacked).splitlines():
-        assert Path(file).is_relative_to(unpacked)
+    assert all(Path(file).is_relative_to(unpacked) for file in installed["files"])
 
 
 def test_clone_without_symbolic_links_imports(sdist: Path, tmp_path: Path) -> None:
@@ -133,47 +170,28 @@ def test_clone_without_symbolic_links_imports(sdist: Path, tmp_path: Path) -> No
     assert Path(file.strip()) == sdist / "envs" / "__init__.py"
 
 
-def test_import_rlsched_is_light(tmp_path: Path) -> None:
+def test_import_rlsched_is_light(installed: dict[str, Any]) -> None:
     """A training loop that only uses a frozen policy would wait for, and depend on, what trained it."""
-    code = f"import rlsched, sys; print(*(m for m in {EXTRAS!r} if m in sys.modules))"
-    assert run_python(code, cwd=tmp_path, path=ROOT).split() == []
+    assert installed["brought"] == []
 
 
-def test_core_modules_import_without_the_extras(tmp_path: Path) -> None:
+def test_core_modules_import_without_the_extras(without_extras: dict[str, Any]) -> None:
     """`pip install rlsched`, without the `train` extra, would fail on import."""
-    names = {module.name for module in pkgutil.iter_modules([str(ROOT / "rlsched")])}
-    core = sorted(names - {*FOLDERS, "__main__"})
+    core = core_modules()
     assert {"optimizer", "policy"} <= set(core)
-    code = (
-        WITHOUT_EXTRAS
-        + f"""
-for name in {core!r}:
-    importlib.import_module("rlsched." + name)
-    print(name)
-"""
-    )
-    assert run_python(code, cwd=tmp_path, path=ROOT).split() == core
+    assert {f"rlsched.{name}" for name in core} <= set(without_extras["imported"])
 
 
-def test_default_policy_drives_an_optimizer_without_the_extras(unpacked: Path, tmp_path: Path) -> None:
+def test_default_policy_drives_an_optimizer_without_the_extras(without_extras: dict[str, Any], unpacked: Path) -> None:
     """A practitioner installs the wrapper alone; the shipped policy must come with it and run."""
-    code = (
-        WITHOUT_EXTRAS
-        + """
-import torch, rlsched
-weights = torch.nn.Parameter(torch.ones(3))
-optimizer = rlsched.ScheduledOptimizer(torch.optim.SGD([weights], lr=0.1, momentum=0.9), total_steps=20)
-for _ in range(20):
-    optimizer.zero_grad()
-    loss = weights.square().sum()
-    loss.backward()
-    optimizer.step(loss=loss)
-print(rlsched.__file__, loss.item() < 3)
-"""
-    )
-    file, learned = run_python(code, cwd=tmp_path, path=unpacked).split()
-    assert Path(file).is_relative_to(unpacked)
-    assert learned == "True"
+    assert Path(without_extras["file"]).is_relative_to(unpacked)
+    assert without_extras["loss"] < 3
+
+
+def test_train_without_the_extras_says_what_to_install(without_extras: dict[str, Any]) -> None:
+    """A plain install has the command but not the packages to train with."""
+    assert without_extras["code"] == 1
+    assert without_extras["said"].endswith("pip install 'rlsched[train]'\n")
 
 
 def test_distribution_needs_only_the_core_dependencies(wheel: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from helpers import always, assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
 from torch import nn
 
-from rlsched import DivergenceError, ScheduledOptimizer, SchedulePolicy, safety
+from rlsched import DivergenceError, ScheduledOptimizer, SchedulePolicy, attach, safety
 from rlsched.control import CONTROLS, LR, OUTLIER, PROBE
 from rlsched.moments import Moments
 from rlsched.safety import Domain, Guard, Snapshot
@@ -45,6 +45,26 @@ def test_gradients_are_zeroed_only_when_something_is_not_finite(known):
         torch.testing.assert_close(grad, value, equal_nan=True)
     safety.zero_unless(known(False), grads)
     assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("face", [ScheduledOptimizer, attach])
+def test_nan_in_the_midst_of_a_step_does_not_reach_the_weights(face):
+    """LBFGS evaluates the loss many times in a step, at weights that nobody has seen before."""
+    model, evaluations = network(), []
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.5, max_iter=6)
+    driver = face(optimizer, total_steps=9, policy=SchedulePolicy.zero())
+
+    def closure():
+        evaluations.append(len(evaluations))
+        model.zero_grad()
+        loss = loss_at(model, 0) * (math.nan if evaluations[-1] in (3, 5) else 1)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        (optimizer if face is attach else driver).step(closure)
+    assert len(evaluations) > 6
+    assert_finite_weights(model)
 
 
 # --- Divergence: when it is seen ------------------------------------------------------------------------------------

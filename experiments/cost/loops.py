@@ -110,7 +110,7 @@ def loop(name: str, network: Network, optimizer: str) -> Step:
     if is_scheduled:
         inner = ScheduledOptimizer(inner, total_steps=total_steps, decisions=DECISIONS)
         if name == UNMEASURED:
-            inner.controller.next_decision = NEVER
+            inner.controller.next_decision, inner.controller.probing = NEVER, False
     elif name == PLAIN:
         scheduler = LambdaLR(inner, lambda step: max(0.01, 1 - step / total_steps))
 
@@ -141,7 +141,8 @@ def _other(name: str, optimizer: str, parameters: list[Tensor]) -> Any:
 
 def memory(step: Step) -> int:
     """Bytes of the tensors that a loop keeps: weights, gradients, the state of its optimizer, what is measured."""
-    step()
+    for _ in range(3):  # past the probe, which keeps the weights as they were
+        step()
     seen: set[int] = set()
     reached: dict[int, int] = {}  # address of a storage -> its bytes
     todo: list[Any] = list(getattr(step, "__closure__", None) or ())

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from rlsched.controller import STATE_KEY, Controller
 from rlsched.integrations.common import controller_of, warn
-from rlsched.optimizer import STATE_KEY, Controller, ScheduledOptimizer
+from rlsched.optimizer import ScheduledOptimizer
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -103,7 +104,7 @@ class ScheduleCallback(TrainerCallback):
             self._handles.append(inner.register_state_dict_post_hook(self._add_state))
         self.controller = controller_of(inner, state.max_steps, self.options)
         if restored is not None:
-            self.controller.load_state_dict(restored)
+            self.controller.load_state_dict({STATE_KEY: restored})
         if state.global_step > 0 and self.controller.step_count == 0:
             warn("the checkpoint holds no schedule, so the schedule starts anew")
 
@@ -127,7 +128,7 @@ class ScheduleCallback(TrainerCallback):
     def _add_state(self, _: Optimizer, state_dict: dict[str, Any]) -> None:
         """Keep the controller's state in the first group, the one place that load_state_dict lets others use."""
         assert self.controller is not None
-        state_dict["param_groups"][0][STATE_KEY] = self.controller.state_dict()
+        state_dict["param_groups"][0].update(self.controller.state_dict())
 
     def _observe_output(self, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, dict):

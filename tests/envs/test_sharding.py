@@ -22,8 +22,11 @@ def tasks(make_task):
     return [task, *(replace(FAMILIES[name], setup=task.setup) for name in ("conv-batch-norm", "recurrent"))]
 
 
-def test_processes_give_the_same_episodes(tasks, play):
-    """Another number of processes must not mean other episodes; and a mistake must not leave answers behind."""
+def test_processes_give_the_same_episodes_and_their_death_is_told(tasks, play):
+    """Another number of processes must not mean other episodes; and a mistake must not leave answers behind.
+
+    A worker killed for want of memory must not leave training waiting for ever.
+    """
     whole = play(SchedulingVectorEnv(RUNS, tasks, reward="best"), seed=2, steps=5)
     env = ShardedVectorEnv(RUNS, tasks, processes=2, reward="best")
     workers = env._workers
@@ -34,6 +37,10 @@ def test_processes_give_the_same_episodes(tasks, play):
         with pytest.raises(ValueError, match="non-negative"):  # raised by every worker
             env.reset(seed=-RUNS)
         again, _ = env.reset(seed=2)
+        os.kill(workers[1].pid, signal.SIGKILL)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"worker process .* died \(exit code -9\)"):
+                env.reset(seed=0)
     finally:
         env.close()
     assert not any(worker.is_alive() for worker in workers)
@@ -58,18 +65,6 @@ def test_processes_give_the_same_episodes(tasks, play):
                 if key.startswith("_"):
                     np.testing.assert_array_equal(i["final_info"][key], d)
     assert alone
-
-
-def test_death_of_a_worker_is_told(tasks):
-    """A worker killed for want of memory must not leave training waiting for ever."""
-    env = ShardedVectorEnv(2, tasks, processes=1)
-    try:
-        os.kill(env._workers[0].pid, signal.SIGKILL)
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"worker process .* died \(exit code -9\)"):
-                env.reset(seed=0)
-    finally:
-        env.close()
 
 
 def test_mistake_in_a_worker_is_told_when_it_starts(tasks):

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,17 +15,12 @@ from rlsched.experiments.speed.measure import KINDS, WARM_UP
 from rlsched.experiments.speed.plan import LARGE, QUICK, SMALL, Measurement, Perceptron, Plan
 from rlsched.experiments.speed.run import RESULTS
 
-ROOT = Path(__file__).parents[2]
 PLAN = replace(QUICK, compile=False)
 
 
 def command(out):
-    """Run the command as a user does, and return what it prints."""
-    arguments = [sys.executable, "-m", "rlsched.experiments.speed", "--quick", "--no-compile", "--out", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run the command."""
+    assert main(["--quick", "--no-compile", "--out", str(out)]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +83,16 @@ def test_share_of_ppo_leaves_the_first_update_out(quick):
     assert 0 < Results(quick, PLAN).share_of_ppo(False) < 1
 
 
-def test_interrupted_benchmark_goes_on(quick, tmp_path):
+def test_interrupted_benchmark_goes_on(quick, tmp_path, capsys):
     """Half an hour of measurements must survive Ctrl-C, and none may be repeated or lost."""
     lines = (quick / RESULTS).read_text().splitlines(keepends=True)
     missing = lines.pop(1)
     (tmp_path / RESULTS).write_text("".join(lines))
-    text = command(tmp_path)
+    command(tmp_path)
     *kept, new = (tmp_path / RESULTS).read_text().splitlines(keepends=True)
     assert kept == lines
     assert json.loads(new)["measurement"] == json.loads(missing)["measurement"]
-    assert text.startswith((tmp_path / TABLE).read_text())
+    assert capsys.readouterr().out.startswith((tmp_path / TABLE).read_text())
 
 
 def test_what_was_left_out_is_not_judged(quick):

@@ -1,0 +1,150 @@
+"""What the ranks of torch.distributed have in common: loss, gradient norm and what the policy sees of a window.
+
+All ranks of the default process group train one model. Each of them has its own part of the batch, and under FSDP2
+(`fully_shard`, whose parameters are DTensors) its own shard of each parameter. A tensor of which several ranks hold
+the same part (all but the shards; a shard in a mesh of replicas too) is shared out between them, so that what is
+summed over all ranks is that of the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def ranks() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor, the class of which takes long to import."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Any) -> Any:
+    """The part of a tensor that lies on this rank; None of None."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def shares(parameters: Sequence[Tensor]) -> list[float] | None:
+    """The part that this rank has in sums over each parameter; None if no parameter is sharded.
+
+    Raises:
+        ValueError: the parameters are those of FSDP1, which are shards and do not say of what.
+    """
+    if any(hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened") for p in parameters):
+        raise ValueError(
+            "optimizer: the parameters of a FullyShardedDataParallel are not supported; shard the model with "
+            "torch.distributed.fsdp.fully_shard"
+        )
+    return [1 / _copies(p) for p in parameters] if any(map(is_sharded, parameters)) else None
+
+
+def _copies(parameter: Any) -> float:
+    """How many ranks hold the same part of a parameter."""
+    shards = 1
+    if is_sharded(parameter):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shards = math.prod(mesh.size(i) for i, kind in enumerate(placements) if not kind.is_replicate())
+    return ranks() / shards
+
+
+def whole_step(
+    loss: Tensor | float, norm: Tensor | float, *, reported: bool, sharded: bool, device: torch.device
+) -> tuple[Tensor, Tensor | float]:
+    """The loss of the whole batch, and the gradient norm of the whole model.
+
+    Args:
+        loss: of this rank, 0-d.
+        norm: of this rank's shards, of which each counts by its share; else of the whole model.
+        reported: whether there is a loss on this rank. The mean over those ranks that have one counts; 0 without any.
+        sharded: whether the norm has to be summed over the ranks.
+        device: where the process group communicates.
+    """
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # the square of a large norm has no place in float32
+    for i, value in enumerate((loss, float(reported), norm)):
+        sums[i] = value
+    sums[2].square_()
+    dist.all_reduce(sums)
+    if sharded:
+        norm = sums[2].sqrt().float() if isinstance(norm, Tensor) else float(sums[2].sqrt())
+    return (sums[0] / sums[1].clamp(min=1)).float(), norm
+
+
+def whole_window(window: Tensor, columns: slice, *, sharded: bool) -> Tensor:
+    """The records (steps, columns) of the whole model, the same on all ranks, with sums over all shards in `columns`.
+
+    What every rank has computed from the same numbers is taken from the first rank, whose last bits then count.
+    """
+    if ranks() == 1:
+        return window
+    window = window.clone()
+    if sharded:
+        window[:, columns] = _reduced(window[:, columns], dist.ReduceOp.SUM)
+    else:
+        dist.broadcast(window, 0)
+    return window
+
+
+def own_window(window: Tensor, columns: slice) -> Tensor:
+    """Of records with sums over all shards, what this rank goes on with: the first one has them all."""
+    if ranks() > 1 and dist.get_rank() > 0:
+        window = window.clone()
+        window[:, columns] = torch.where(window[:, columns].isnan(), torch.nan, 0.0)
+    return window
+
+
+def merged(vector: Tensor) -> Tensor:
+    """A vector of which each rank knows its own places, and has -inf at the others."""
+    return _reduced(vector, dist.ReduceOp.MAX) if ranks() > 1 else vector
+
+
+def _reduced(tensor: Tensor, operation: Any) -> Tensor:
+    tensor = tensor.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(tensor, operation)
+    return tensor
+
+
+class Part(NamedTuple):
+    """Which numbers of the part of a tensor on this rank are in a sample of the whole, and where in it they stand."""
+
+    taken: slice | Tensor  # into the flat part; a tensor is an index (numbers,)
+    place: slice | Tensor  # into the sample
+
+
+def part_of_every(tensor: Any, every: int, begin: int) -> Part:
+    """This rank's part in a sample of every k-th number of a whole tensor, which stands at `begin` in a larger one."""
+    if not is_sharded(tensor):
+        return Part(slice(None, None, every), slice(begin, begin - (-tensor.numel() // every)))
+    chunks = tensor.__create_chunk_list__()  # what torch.distributed.checkpoint asks a DTensor
+    nothing = [0] * tensor.ndim
+    offsets, sizes = (chunks[0].offsets, chunks[0].sizes) if chunks else (nothing, nothing)
+    part = block_of_every(tensor.shape, offsets, sizes, every, begin)
+    return Part(*(x if isinstance(x, slice) else x.to(tensor.device) for x in part))
+
+
+def block_of_every(shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], every: int, begin: int) -> Part:
+    """The part that a block of `sizes`, which begins at `offsets` of a tensor, has in such a sample."""
+    cut = [i for i, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
+    last = cut[-1] if cut else 0  # the last dimension that is cut: from there on, numbers lie side by side
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    begins = np.full(1, offsets[last] * strides[last])  # in the whole tensor, of each such run of numbers
+    for i in range(last):
+        begins = (begins[:, None] + strides[i] * (offsets[i] + np.arange(sizes[i]))).ravel()
+    length = sizes[last] * strides[last]
+    first = -begins % every  # in each run
+    counts = np.maximum(0, -(-(length - first) // every))
+    places = begin + (begins + first) // every
+    if len(begins) == 1:
+        place = int(places[0])
+        return Part(slice(int(first[0]), None, every), slice(place, place + int(counts[0])))
+    run = np.repeat(np.arange(len(begins)), counts)
+    nth = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return Part(torch.from_numpy(run * length + first[run] + every * nth), torch.from_numpy(places[run] + nth))
