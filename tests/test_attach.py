@@ -1,6 +1,7 @@
 """attach(): the same schedule through hooks, on an optimizer that stays the user's own."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -125,6 +126,24 @@ def test_detached_optimizer_is_plain_again():
             o.step()
     assert_same_weights(model, plain)
     assert controller.step_count == 10
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copy_of_an_attached_optimizer_is_plain(duplicate):
+    """A copy, for a trial on the side, would use up the schedule of the original."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    controller = attach(optimizer, **OPTIONS)
+    for step in range(3):
+        loss_at(model, step).backward()
+        optimizer.step(loss=1.0)
+    other, copied = duplicate((model, optimizer))
+    assert_same_weights(other, model)
+    copied.param_groups[0]["lr"] = 0.5
+    loss_at(other, 3).backward()
+    copied.step()
+    assert copied.param_groups[0]["lr"] == 0.5
+    assert controller.step_count == 3
 
 
 def test_detached_fused_optimizer_scales_by_itself_again():

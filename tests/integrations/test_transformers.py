@@ -22,13 +22,13 @@ STEPS = BATCHES * EPOCHS
 OPTIONS = {"policy": lively_policy(), "decisions": 8}  # decides before the steps 1, 5, 9 ...
 
 
-def model(kind=Sentences):
+def model(kind=Sentences, dtype=torch.float32):
     """A transformer of 1,500 weights, the same at every call."""
     torch.manual_seed(1)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, num_labels=3, **sizes)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    return kind(config)
+    return kind(config).to(dtype)
 
 
 def data():
@@ -75,9 +75,19 @@ def grad_scaler(enabled=True):
 
 
 @functools.cache
-def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=False, factor=1.0, warm_up=0, **options):
+def loop(
+    kind=Sentences,
+    accumulate=1,
+    normalized=True,
+    max_norm=None,
+    bf16=False,
+    factor=1.0,
+    warm_up=0,
+    dtype=torch.float32,
+    **options,
+):
     """The same training without the Trainer; returns the model, and the learning rate and the loss of each step."""
-    net, lrs, losses = model(kind), [], []
+    net, lrs, losses = model(kind, dtype), [], []
     rows = data() if kind is Sentences else token_data()
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
     scaler = grad_scaler(enabled=factor != 1.0)
@@ -109,9 +119,9 @@ def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=Fals
 BOTH = pytest.mark.parametrize("wrapped", [False, True], ids=["callback alone", "wrapper"])
 
 
-def run(wrapped, steps=STEPS, kind=Sentences, resume=None, lr=0.01, schedule=None, **options):
+def run(wrapped, steps=STEPS, kind=Sentences, resume=None, lr=0.01, schedule=None, dtype=torch.float32, **options):
     """Train with a plain optimizer or the wrapper, and the callback that it needs; `schedule` has its options."""
-    net, schedule = model(kind), schedule or {}
+    net, schedule = model(kind, dtype), schedule or {}
     optimizer = scheduled(net.parameters(), steps, lr, **schedule) if wrapped else adamw(net.parameters(), lr)
     callback = ScheduleCallback() if wrapped else ScheduleCallback(**OPTIONS, **schedule)
     it = trainer(net, callback, optimizer, **options)
