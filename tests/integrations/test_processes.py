@@ -47,13 +47,18 @@ def lightning(rank, wrapped, folder=None, resume=False):
 def transformers(rank, wrapped, folder=None, resume=False):
     """The Trainer, which finds out by itself that there are two processes.
 
-    In double precision: AdamW scales up what is rounding in gradients that are almost zero.
+    In double precision, as AdamW scales up what is rounding in gradients that are almost zero.
     """
-    options = {
-        "per_device_train_batch_size": test_transformers.BATCH // 2,
-        "ddp_backend": "gloo",
-        "dtype": torch.float64,
-    }
+
+    class MeanOfBatches(test_transformers.Trainer):
+        """Takes the loss of each process for a mean; else it would double it, for a model that makes sums of it."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.model_accepts_loss_kwargs = False
+
+    options = {"trainer_class": MeanOfBatches, "dtype": torch.float64}
+    options |= {"per_device_train_batch_size": test_transformers.BATCH // 2, "ddp_backend": "gloo"}
     options |= {"logging_strategy": "steps", "logging_steps": 1, "ddp_find_unused_parameters": False}
     if folder is not None:
         options |= {"folder": folder, "save_strategy": "steps", "save_steps": 7}
