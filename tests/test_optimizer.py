@@ -680,19 +680,20 @@ def test_loss_of_many_numbers_is_refused(loss):
 # --- What it survives -----------------------------------------------------------------------------------------------
 
 
-def test_steps_without_gradients_are_passed_on_and_do_not_count():
+@pytest.mark.parametrize("face", FACES)
+def test_steps_without_gradients_are_passed_on_and_do_not_count(face):
     """A loop that forgot backward() would use up its schedule, without a word."""
     model, initial = network(), network()
-    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=9, policy=lively_policy())
+    optimizer, controller = driven(face, torch.optim.SGD(model.parameters(), 0.1), total_steps=9)
     with pytest.warns(UserWarning, match=r"no parameter has a gradient.*backward\(\)") as caught:
         for _ in range(3):
             optimizer.step(loss=1.0)
     assert len(caught) == 1
-    assert optimizer.controller.step_count == 0
-    assert optimizer.controller.skipped == 3
+    assert controller.step_count == 0
+    assert controller.skipped == 3
     assert_same_weights(model, initial)
     train(model, optimizer, range(9))
-    assert optimizer.controller.step_count == 9
+    assert controller.step_count == 9
 
 
 @pytest.mark.parametrize("face", FACES)
