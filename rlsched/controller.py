@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from rlsched import control, distributed, moments, safety, sampling, signals
 from rlsched.control import CLIP, CONTROL_NAMES, LR, MOMENTUM
 from rlsched.frozen import FrozenSchedule, Window
+from rlsched.hyperparameters import Hyperparameters
 from rlsched.moments import Moments
 from rlsched.policy import SchedulePolicy
 from rlsched.safety import ANSWERS, SNAPSHOT_INTERVAL, DivergenceError, Guard, Intervention, Snapshot
@@ -28,17 +29,12 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
     from torch.utils.tensorboard.writer import SummaryWriter
 
-ADAPTIVE = {"RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"}  # beside all optimizers with `betas`
-# Optimizers whose `momentum` averages gradients, or weights; torch's others sum gradients.
-AVERAGING = {"Muon", "SGDScheduleFree", "SGDScheduleFreeReference"}
-BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their momentum
 NEVER = -1  # the next decision, after the last one
 MAX_PROBES = 20  # inner steps, until one of them is finite and small enough
 LARGEST = torch.finfo(torch.float32).max  # number in a record
 LOGGER = logging.getLogger("rlsched")
 
 STATE_KEY = "rlsched"  # of a controller's state, as bytes; what follows are the keys in it
-LISTS = ("base_lrs", "base_momenta", "control_path")
 SCALARS = (
     "step_count",
     "window_start",
@@ -50,7 +46,8 @@ SCALARS = (
     "lr_offset",
 )
 TENSORS = ("control_state", "base_state", "window", "average_norm", "last_grad")
-HISTORY, GUARD, INTERVENTIONS, LOSSES = "history", "guard", "interventions", "losses"
+HYPERPARAMETERS, GUARD, HISTORY, LOSSES = "hyperparameters", "guard", "history", "losses"
+INTERVENTIONS, CONTROL_PATH = "interventions", "control_path"
 TOTAL_STEPS, INTERVAL, CONTROLS, POLICY = "total_steps", "interval", "controls", "policy"
 
 
@@ -103,9 +100,7 @@ class Controller:
         self.policy = policy
         self.controls = tuple(name for name in CONTROL_NAMES if name in controls)
         self.max_grad_norm = max_grad_norm
-        self.follow_scheduler = follow_scheduler
         self.on_divergence = None if shadow else on_divergence
-        self.lr_bounds = lr_bounds
         self.max_update_ratio = max_update_ratio
         self.shadow = shadow
         self.interventions: list[Intervention] = []
@@ -118,19 +113,13 @@ class Controller:
         self.next_decision = 1 if total_steps > 1 else NEVER
         self.average_norm: Tensor | None = None  # 0-d, on the parameters' device, like all that is measured
         self.window: Tensor | None = None  # (interval, columns of `sampling`)
-        self.base_lrs: list[float] = []
-        self.base_momenta: list[float] = []  # NaN where a group has none
-        self._factors: list[float] = []  # on the fallback lr of each group, until the next decision
-        self._momenta: list[float] = []
-        self._lrs: list[Any] = []  # of each group: as it was set last, or as a scheduler that is followed wants it
-        for group in optimizer.param_groups:
-            self._adopt(group)
-        self.base_state = control.initial_state(_host(self._first_momentum()))
+        self.hyperparameters = Hyperparameters(optimizer, lr_bounds=lr_bounds, follow_scheduler=follow_scheduler)
+        self.base_state = control.initial_state(_host(self.hyperparameters.first_momentum))
         self.control_state = self.base_state.clone()
         self.lr_offset = 0.0  # added to the lr control's state, where that does not reach low enough
         self.history = signals.start(device=self.base_state.device)
         self._mask = _host([float(name in self.controls) for name in CONTROL_NAMES])
-        if self._first_momentum() == 0:
+        if self.hyperparameters.first_momentum == 0:
             self._mask[MOMENTUM] = 0
         self._moves_momentum = bool(self._mask[MOMENTUM]) and not shadow
         self.probing = policy.safe_start and bool(self._mask[LR]) and not shadow
@@ -138,8 +127,8 @@ class Controller:
         self._keeps_snapshots = self.on_divergence == "rollback"
         self._snapshot: tuple[Snapshot, Tensor, History, Tensor, dict[str, float]] | None = None
         self.restored_at = -1  # inner step whose gradients are of weights that were taken back
-        adaptive = self._is_one_of(ADAPTIVE) or "betas" in optimizer.param_groups[0]
-        self._run = Run(*(_host(float(x)) for x in (total_steps, self.interval, 1 if adaptive else -1)))
+        adaptive = 1 if self.hyperparameters.is_adaptive else -1
+        self._run = Run(*(_host(float(x)) for x in (total_steps, self.interval, adaptive)))
         self._sample: Sample | None = None
         self._last_grad: Tensor | None = None  # of a sample that is yet to be made
         self._losses: list[Tensor | float] = []
@@ -186,9 +175,7 @@ class Controller:
             like: dict[str, Any] = {"dtype": torch.float32, "device": grads[0].device}
             self.window = torch.full((self.interval, sampling.COLUMNS), torch.nan, **like)
             self.average_norm = torch.full((), torch.nan, **like)
-        if len(self.optimizer.param_groups) > len(self.base_lrs):
-            for group in self.optimizer.param_groups[len(self.base_lrs) :]:
-                self._adopt(group)
+        if self.hyperparameters.adopt_groups():
             self._apply()
         self._loss_was_reported |= bool(losses)
         # On the CPU these are floats: reading a number is free there, and tensors of one number are slow.
@@ -230,8 +217,8 @@ class Controller:
                 self._sample = Sample(parameters, self.last_grad)
             self._sample.take_grad()
             if self._measured:
-                if self._first_momentum() > 0:
-                    self._sample.take_momentum(self._momentum_of(self._sample.chosen))
+                if self.hyperparameters.first_momentum > 0:
+                    self._sample.take_momentum(self.hyperparameters.buffers(self._sample.chosen))
                 self._sample.take_weights()
         cells[sampling.CLIP] = 1.0 if self.shadow else self._clip(grads, norm, finite)
 
@@ -243,10 +230,7 @@ class Controller:
                 self._sample.finish(self._record)
             self._record = None
             self.step_count += 1
-            for i, group in enumerate(self.optimizer.param_groups):
-                if self.follow_scheduler:  # some schedulers go on from what they find
-                    _set_lr(group, self._lrs[i])
-            self._lrs = [group["lr"] for group in self.optimizer.param_groups]
+            self.hyperparameters.after_step()
         if self.step_count == self.total_steps:
             self.log.close()
 
@@ -266,13 +250,14 @@ class Controller:
         Checkpoints of torch.distributed ask a fresh controller for the names and shapes of what they load. Those of a
         run in progress are others: bytes have none. Of a model that is sharded all ranks have to call this.
         """
-        state = {name: getattr(self, name) for name in (*LISTS, *SCALARS, *TENSORS)}
+        state = {name: getattr(self, name) for name in (*SCALARS, *TENSORS)}
         if self._shares is not None:
             state["window"] = None if self.window is None else self._whole_window()
             state["last_grad"] = None if self.last_grad is None else distributed.merged(self.last_grad)
         state = {name: v.clone() if isinstance(v, Tensor) else v for name, v in state.items()}  # a view saves its base
         state[HISTORY], state[LOSSES] = torch.stack(self.history), [float(loss) for loss in self._losses]
-        state |= {GUARD: self.guard.state_dict(), INTERVENTIONS: [tuple(i) for i in self.interventions]}
+        state |= {HYPERPARAMETERS: self.hyperparameters.state_dict(), GUARD: self.guard.state_dict()}
+        state |= {CONTROL_PATH: self.control_path, INTERVENTIONS: [tuple(i) for i in self.interventions]}
         file = io.BytesIO()
         torch.save({**state, **self._identity()}, file)
         return {STATE_KEY: file.getvalue()}
@@ -291,7 +276,7 @@ class Controller:
             if state_dict[name] != value:
                 raise ValueError(f"state_dict is of a run with {name}={state_dict[name]!r}, this one has {value!r}")
         device = self._parameters()[0].device
-        for name in (*LISTS, *SCALARS):
+        for name in SCALARS:
             setattr(self, name, state_dict[name])
         for name in TENSORS:
             value = state_dict[name]
@@ -300,10 +285,12 @@ class Controller:
         if self.window is not None and self._shares is not None:
             self.window = distributed.own_window(self.window, sampling.PRODUCTS)
         self.history = History(*state_dict[HISTORY].unbind())
+        self.hyperparameters.load_state_dict(state_dict[HYPERPARAMETERS])
         self.guard.load_state_dict(state_dict[GUARD])
+        self.control_path = state_dict[CONTROL_PATH]
         self.interventions = [Intervention(*i) for i in state_dict[INTERVENTIONS]]
         self._snapshot = None
-        self._losses, self._lrs = state_dict[LOSSES], []
+        self._losses = state_dict[LOSSES]
         self._apply()
 
     @property
@@ -338,7 +325,7 @@ class Controller:
             ValueError: the run follows a torch scheduler, or is in shadow mode, so that the learning rate was not the
                 policy's.
         """
-        if self.follow_scheduler:
+        if self.hyperparameters.follow_scheduler:
             raise ValueError(
                 "follow_scheduler=True: the learning rate is a torch scheduler's times the policy's factor, and is no "
                 "schedule of its own to freeze"
@@ -354,9 +341,10 @@ class Controller:
             )
         windows = []
         for step, lr, momentum, clip in self.control_path:
-            momentum = 0.0 if self._first_momentum() == 0 else self._momentum(0, momentum)
+            moved = self._moved(momentum)
+            momentum = self.hyperparameters.momentum(0, moved) if self.hyperparameters.first_momentum > 0 else 0.0
             windows.append(Window(int(step), math.exp(lr), momentum, float(control.clip_multiple(_host(clip)))))
-        return FrozenSchedule.of(windows, self.total_steps, self.base_lrs)
+        return FrozenSchedule.of(windows, self.total_steps, self.hyperparameters.base_lrs)
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
@@ -372,7 +360,7 @@ class Controller:
         assert self.window is not None
         # The only place where the host waits for an accelerator.
         window = sampling.moments_of(self._whole_window()[: self.window_length].cpu())
-        if self._first_momentum() == 0:  # there is only the last gradient to agree with
+        if self.hyperparameters.first_momentum == 0:  # there is only the last gradient to agree with
             window = window._replace(momentum_cosine=window.grad_cosine)
         if self.probing and self._must_probe_again(window):
             self._open_window(1)
@@ -401,7 +389,8 @@ class Controller:
         else:
             self._note_nonfinite(window)
         if self._moves_momentum:
-            self._rescale_momentum(buffers_at, float(self.control_state[MOMENTUM]))
+            old, new = self._moved(buffers_at), self._moved(float(self.control_state[MOMENTUM]))
+            self.hyperparameters.rescale_buffers(old, new)
         if reason is None and self._is_time_for_a_snapshot() and self.guard.is_well(float(loss)):
             self._take_snapshot()
         self._open_window(self.interval)
@@ -418,12 +407,12 @@ class Controller:
         self.control_path.append(self._place())
 
     def _log_decision(self, window: Moments, observation: Tensor, action: Tensor, influence: float) -> None:
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        factor = control.fallback_schedule(float(self.step_count), float(self.total_steps))
-        fallback = lr if self.follow_scheduler else self.base_lrs[0] * factor
+        fallback = lr = float(self.optimizer.param_groups[0]["lr"])
+        if not self.hyperparameters.follow_scheduler:
+            fallback = self.hyperparameters.base_lrs[0] * self._schedule()
         self.proposal = {
-            "lr": float(self._bounded(fallback * self._factors[0])),
-            "momentum": self._momenta[0],
+            "lr": self.hyperparameters.lr(fallback),
+            "momentum": self.hyperparameters.momenta[0],
             "clip_multiple": self._multiple,
         }
         if self.log.writer is None:
@@ -445,8 +434,8 @@ class Controller:
 
     def _must_probe_again(self, window: Moments) -> bool:
         """Judge the probe: start at the learning rate that it allows, unless it told nothing or itself went too far."""
-        growth = _host(1 / (1 - self._first_momentum()) if self._sums_gradients() else 1.0)
-        offset = control.safe_offset(window.predicted_decrease[-1], window.update_ratio[-1], growth)
+        momentum = self.hyperparameters.first_momentum if self.hyperparameters.sums_gradients else 0.0
+        offset = control.safe_offset(window.predicted_decrease[-1], window.update_ratio[-1], _host(1 / (1 - momentum)))
         is_finite = bool(window.grad_norm[-1].isfinite())
         went_too_far = is_finite and bool(offset < control.CONTROLS[LR].low)
         self._note_nonfinite(window)
@@ -526,49 +515,21 @@ class Controller:
 
     def _state_in_use(self) -> Tensor:
         """In shadow mode: the control state that the user's own hyperparameters amount to."""
-        state, group = self.base_state.clone(), self.optimizer.param_groups[0]
-        betas, low = group.get("betas"), control.CONTROLS[LR].low
-        momentum = float(betas[0] if betas else group.get("momentum", 0.0))
+        state, (low, high) = self.base_state.clone(), (control.CONTROLS[LR].low, control.CONTROLS[LR].high)
+        lr, momentum = self.hyperparameters.in_use()
+        fallback = self.hyperparameters.base_lrs[0] * self._schedule()
         state[MOMENTUM] = control.initial_state(_host(momentum))[MOMENTUM]
-        lr = float(group["lr"])
-        if self._sums_gradients():
-            lr *= (1 - self._first_momentum()) / (1 - momentum)
-        fallback = self.base_lrs[0] * control.fallback_schedule(float(self.step_count), float(self.total_steps))
-        state[LR] = min(max(math.log(lr / fallback) if lr > 0 else low, low), control.CONTROLS[LR].high)
+        state[LR] = min(max(math.log(lr / fallback) if lr > 0 else low, low), high)
         return state
 
     # --- Setting hyperparameters ------------------------------------------------------------------------------------
 
-    def _adopt(self, group: dict[str, Any]) -> None:
-        """Take the present hyperparameters of a parameter group for its base values."""
-        # A torch scheduler that came first may have begun a warm-up at 0.
-        self.base_lrs.append(float(group.get("initial_lr", group["lr"])))
-        betas = group.get("betas")
-        self.base_momenta.append(float(betas[0] if betas else group.get("momentum", math.nan)))
-
-    def _first_momentum(self) -> float:
-        momentum = self.base_momenta[0]
-        return 0.0 if math.isnan(momentum) else momentum
-
-    def _momentum(self, group: int, state: float) -> float:
-        """Momentum of a parameter group; a group whose base differs from the first one's keeps its distance."""
-        base = self.base_momenta[group]
-        moved = state - float(self.base_state[MOMENTUM])
-        if moved == 0 or math.isnan(base) or base == 0:
-            return base
-        return control.momentum_of(-math.log10(1 - base) + moved)
-
     def _apply(self) -> None:
         """Work out what the control state means for each parameter group, until it changes."""
-        groups = range(len(self.base_lrs))
         self._ranks, self._shares = distributed.ranks(), distributed.shares(self._parameters())
-        _, lr, momentum, _ = self._place()
+        _, log_factor, momentum, _ = self._place()
         self._multiple = float(control.clip_multiple(self.control_state[CLIP]))
-        self._momenta = [self._momentum(i, momentum) for i in groups]
-        self._factors = [math.exp(lr) for _ in groups]
-        if self._sums_gradients():
-            for i, (momentum, base) in enumerate(zip(self._momenta, self.base_momenta, strict=True)):
-                self._factors[i] *= (1 - momentum) / (1 - base) if base > 0 else 1
+        self.hyperparameters.decide(log_factor, self._moved(momentum))
 
     def _place(self) -> tuple[float, ...]:
         """Where the controls are: inner step, log of the factor on the fallback lr, states of momentum and clip."""
@@ -581,36 +542,21 @@ class Controller:
                 "too long",
                 f"training goes on after total_steps={self.total_steps}: the learning rate stays where it ended",
             )
+        if self.hyperparameters.write(self._schedule(), with_momentum=self._moves_momentum):
+            self._warn(
+                "scheduler",
+                "a torch scheduler, or other code, has changed the learning rate, which has no effect: take it away, "
+                "or let the policy modulate it by follow_scheduler=True",
+            )
+
+    def _schedule(self) -> float:
+        """The fallback schedule's factor on the base learning rate."""
         step = min(self.step_count, self.total_steps - 1)
-        fallback = control.fallback_schedule(float(step), float(self.total_steps))
-        self._heed_changes(fallback)
-        for i, group in enumerate(self.optimizer.param_groups):
-            lr = self._lrs[i] if self.follow_scheduler else self.base_lrs[i] * fallback
-            _set_lr(group, self._bounded(lr * self._factors[i]))
-            if self._moves_momentum:
-                if "betas" in group:
-                    group["betas"] = (self._momenta[i], *group["betas"][1:])
-                elif "momentum" in group:
-                    group["momentum"] = self._momenta[i]
+        return control.fallback_schedule(float(step), float(self.total_steps))
 
-    def _bounded(self, lr: Any) -> Any:
-        low, high = self.lr_bounds
-        return lr.clamp(low, high) if isinstance(lr, Tensor) else min(max(lr, low), high)
-
-    def _heed_changes(self, fallback: float) -> None:
-        """Keep the learning rates of a scheduler that is followed; warn of one that has changed them in vain."""
-        groups = self.optimizer.param_groups
-        if self.follow_scheduler:
-            self._lrs = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
-            return
-        for group, ours, base in zip(groups, self._lrs, self.base_lrs, strict=False):
-            lr = group["lr"]
-            if not isinstance(lr, Tensor) and not any(math.isclose(lr, x) for x in (ours, base, base * fallback)):
-                self._warn(
-                    "scheduler",
-                    "a torch scheduler, or other code, has changed the learning rate, which has no effect: take it "
-                    "away, or let the policy modulate it by follow_scheduler=True",
-                )
+    def _moved(self, momentum: float) -> float:
+        """How far a state of the momentum control is from where it began."""
+        return momentum - float(self.base_state[MOMENTUM])
 
     def _clip(self, grads: list[Tensor], norm: Any, finite: Any) -> Tensor | float:
         """Scale the gradients down to what the clip control and `max_grad_norm` allow, and return the factor."""
@@ -626,28 +572,6 @@ class Controller:
         if isinstance(coefficient, Tensor) or coefficient < 1:
             torch._foreach_mul_(grads, coefficient)
         return coefficient
-
-    def _is_one_of(self, names: set[str]) -> bool:
-        return any(kind.__name__ in names for kind in type(self.optimizer).__mro__)
-
-    def _sums_gradients(self) -> bool:
-        return "betas" not in self.optimizer.param_groups[0] and not self._is_one_of(AVERAGING)
-
-    def _rescale_momentum(self, old: float, new: float) -> None:
-        """Keep the size of the update apart from momentum, where the optimizer's buffer is a sum of gradients.
-
-        With b ← βb + g and the update ηb, the average of gradients is m = (1 − β) b. The learning rate carries the
-        factor 1 − β, so a change of β leaves m as it is if b is multiplied by (1 − β_old) / (1 − β_new).
-        """
-        if old == new or not self._sums_gradients():
-            return
-        for i, group in enumerate(self.optimizer.param_groups):
-            if self.base_momenta[i] > 0:
-                factor = (1 - self._momentum(i, old)) / (1 - self._momentum(i, new))
-                states = (self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state)
-                buffers = [s["momentum_buffer"] for s in states if s.get("momentum_buffer") is not None]
-                if buffers:
-                    torch._foreach_mul_([distributed.local(buffer) for buffer in buffers], factor)
 
     # --- Helpers ----------------------------------------------------------------------------------------------------
 
@@ -672,23 +596,10 @@ class Controller:
         assert self.window is not None
         return distributed.whole_window(self.window, sampling.PRODUCTS, sharded=self._shares is not None)
 
-    def _momentum_of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Where the optimizer keeps the momentum of each parameter."""
-        states = [self.optimizer.state.get(p, {}) for p in parameters]
-        found = [next((s[key] for key in BUFFERS if s.get(key) is not None), None) for s in states]
-        return [b if b is not None and b.shape == p.shape else None for b, p in zip(found, parameters, strict=True)]
-
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(f"rlsched: {message}", stacklevel=4)
-
-
-def _set_lr(group: dict[str, Any], lr: Any) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
 
 
 def _mean(losses: list[Tensor | float], device: torch.device) -> Tensor | float:

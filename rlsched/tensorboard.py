@@ -18,7 +18,7 @@ LAYOUT = {
         "agreement of gradients": ["Multiline", ["observation/grad_cosine", "observation/momentum_cosine"]],
         "size of updates": ["Multiline", ["observation/update_ratio", "observation/predicted_decrease"]],
         "actions": ["Multiline", ["action/.*"]],
-        "trust in them": ["Multiline", ["rlsched/influence"]],
+        "influence of the policy": ["Multiline", ["rlsched/influence"]],
     }
 }
 

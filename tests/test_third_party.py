@@ -53,7 +53,9 @@ def test_momentum_of_schedulefree_is_no_sum_of_gradients():
     """Its momentum mixes two sets of weights: learning rates scaled for a sum would be ten times too small."""
     schedulefree = pytest.importorskip("schedulefree")
     inner = schedulefree.SGDScheduleFree(network().parameters(), lr=0.01)
-    assert not ScheduledOptimizer(inner, total_steps=9, policy=lively_policy()).controller._sums_gradients()
+    assert not ScheduledOptimizer(
+        inner, total_steps=9, policy=lively_policy()
+    ).controller.hyperparameters.sums_gradients
 
 
 def test_optimizers_without_modes_ignore_them():

@@ -384,7 +384,7 @@ def test_second_training_has_a_schedule_of_its_own():
     it.train()
     assert callback.controller is not first
     assert callback.controller.step_count == STEPS
-    assert callback.controller.base_lrs == first.base_lrs
+    assert callback.controller.hyperparameters.base_lrs == first.hyperparameters.base_lrs
 
 
 def test_failed_training_leaves_no_trace():
