@@ -221,9 +221,10 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            kwargs["closure"] = _evaluated_once(closure, loss, controller)
         with torch.no_grad():
             controller.before(loss)
+        if closure is not None:  # known of the weights as they are now, rolled back perhaps
+            kwargs["closure"] = _evaluated_once(closure, loss, controller)
         return (this,), kwargs
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from rlsched import SchedulePolicy
+from rlsched import ScheduledOptimizer, SchedulePolicy, attach
 from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.signals import OBSERVATIONS
 
@@ -25,6 +25,15 @@ def always(**actions):
     """The policy that takes the same action at every decision."""
     bias = torch.tensor([actions.get(name, 0.0) for name in CONTROL_NAMES])
     return SchedulePolicy([(torch.zeros(len(bias), len(OBSERVATIONS)), bias)], safe_start=False)
+
+
+FACES = [ScheduledOptimizer, attach]
+
+
+def driven(face, inner, **options):
+    """The optimizer to step and the controller, for either face."""
+    driver = face(inner, **{"policy": lively_policy(), **options})
+    return (inner, driver) if face is attach else (driver, driver.controller)
 
 
 def network():

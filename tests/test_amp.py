@@ -4,21 +4,14 @@ import math
 
 import pytest
 import torch
-from helpers import assert_finite_weights, assert_same_weights, lively_policy, loss_at, network
+from helpers import FACES, assert_finite_weights, assert_same_weights, driven, lively_policy, loss_at, network
 from torch import nn
 
-from rlsched import ScheduledOptimizer, attach
+from rlsched import ScheduledOptimizer
 from rlsched.sampling import moments_of
 
 STEPS = 40
 BAD = (0, 3, 11, 12, 30)  # before these steps comes a batch whose gradients overflow
-FACES = [ScheduledOptimizer, attach]
-
-
-def driven(face, inner, **options):
-    """The optimizer to step and the controller, for either face."""
-    driver = face(inner, **{"total_steps": STEPS, "decisions": 10, "policy": lively_policy(), **options})
-    return (inner, driver) if face is attach else (driver, driver.controller)
 
 
 def by_keyword(optimizer, controller, scaler, loss):
@@ -52,7 +45,7 @@ def test_scaled_run_is_the_unscaled_one(face, fused, report):
     def run(scaled):
         model = network()
         inner = torch.optim.AdamW(model.parameters(), 0.01, fused=fused)
-        optimizer, controller = driven(face, inner)
+        optimizer, controller = driven(face, inner, total_steps=STEPS, decisions=10)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=scaled)
         lrs = []
         for step in range(STEPS):
@@ -83,7 +76,8 @@ def test_scaled_run_is_the_unscaled_one(face, fused, report):
 def test_bfloat16_autocast_trains(face):
     """The most common kind of mixed precision gives losses in bfloat16, of which a mean over a window is useless."""
     model = network()
-    optimizer, controller = driven(face, torch.optim.AdamW(model.parameters(), 0.01), decisions=2)
+    inner = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer, controller = driven(face, inner, total_steps=STEPS, decisions=2)
     losses = []
     for step in range(20):
         optimizer.zero_grad()

@@ -1,10 +1,11 @@
 """attach(): the same schedule through hooks, on an optimizer that stays the user's own."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from helpers import assert_same_weights, lively_policy, loss_at, network, train
+from helpers import assert_same_weights, driven, lively_policy, loss_at, network, train
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
 
@@ -60,6 +61,38 @@ def test_attached_run_is_the_wrapped_run(make, report):
     assert_same_weights(attached, wrapped)
 
 
+@pytest.mark.parametrize("lr, step", [(0.01, 31), (1e6, None)], ids=["rolled back", "probed again"])
+@pytest.mark.parametrize("report", [by_keyword, by_closure])
+def test_weights_that_were_taken_back_are_not_stepped_from(report, lr, step):
+    """A closure that is evaluated again at the snapshot would make a step that is neither measured nor clipped."""
+
+    def run(attached):
+        model, evaluated = network(), []
+        options = {"total_steps": 100, "decisions": 20, "policy": lively_policy(), "on_divergence": "rollback"}
+        optimizer, controller = driven(
+            attach if attached else ScheduledOptimizer, torch.optim.AdamW(model.parameters(), lr), **options
+        )
+        for now in range(60):
+            if now == step:
+                with torch.no_grad():
+                    model[0].weight.add_(1000)
+                    model[2].weight.mul_(1000)
+
+            def closure(now=now):
+                evaluated.append(now)
+                optimizer.zero_grad()
+                loss = loss_at(model, now)
+                loss.backward()
+                return loss
+
+            (report if attached else by_keyword)(controller, optimizer, closure)
+        assert evaluated == list(range(60))
+        assert any("rolled back" in message or "undone" in message for _, message in controller.interventions)
+        return model
+
+    assert_same_weights(run(True), run(False))
+
+
 def test_optimizer_stays_the_users_own():
     """Checkpoints and frameworks that know the optimizer's class and state would break."""
     model, plain = network(), network()
@@ -93,6 +126,24 @@ def test_detached_optimizer_is_plain_again():
             o.step()
     assert_same_weights(model, plain)
     assert controller.step_count == 10
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copy_of_an_attached_optimizer_is_plain(duplicate):
+    """A copy, for a trial on the side, would use up the schedule of the original."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    controller = attach(optimizer, **OPTIONS)
+    for step in range(3):
+        loss_at(model, step).backward()
+        optimizer.step(loss=1.0)
+    other, copied = duplicate((model, optimizer))
+    assert_same_weights(other, model)
+    copied.param_groups[0]["lr"] = 0.5
+    loss_at(other, 3).backward()
+    copied.step()
+    assert copied.param_groups[0]["lr"] == 0.5
+    assert controller.step_count == 3
 
 
 def test_detached_fused_optimizer_scales_by_itself_again():

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SUPPORT = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -39,3 +40,20 @@ def test_readme_environment_runs(tmp_path):
 def test_readme_links_lead_somewhere(path):
     """A dead link or a missing picture is the first thing that a reader sees."""
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("path, name", sorted(set(re.findall(r"\]\((\S+?)(?: \"(.*?)\")?\)", SUPPORT))))
+def test_support_is_shown_by_a_test(path, name):
+    """A claim would outlive its test, or never have had one."""
+    tests = (ROOT / "docs" / path).read_text(encoding="utf-8")
+    assert re.search(rf"^def {name or 'no name given'}\(", tests, re.MULTILINE)
+
+
+def test_every_framework_has_every_feature():
+    """An empty cell leaves a reader to guess; what does not work has to say so."""
+    table = re.search(r"\n((?:\|.*\n)+)", SUPPORT)[1].splitlines()
+    head, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table]
+    assert [row[0] for row in rows] == ["`ScheduledOptimizer`", "`attach`", "Lightning", "Transformers", "Accelerate"]
+    for row in rows:
+        assert len(row) == len(head)
+        assert all("../tests/" in cell for cell in row[1:]), row[0]

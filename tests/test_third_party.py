@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import assert_finite_weights, assert_same_weights, lively_policy, loss_at, network
+from helpers import FACES, assert_finite_weights, assert_same_weights, driven, lively_policy, loss_at, network
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
 
@@ -30,13 +30,14 @@ def train_by_closure(model, optimizer, steps=range(STEPS)):
 # --- schedulefree ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("kind", ["AdamWScheduleFree", "SGDScheduleFree", "RAdamScheduleFree"])
-def test_schedulefree_trains_and_evaluates_at_its_own_weights(kind):
+def test_schedulefree_trains_and_evaluates_at_its_own_weights(kind, face):
     """Without train() and eval() on the wrapper, a user would evaluate at the weights that are trained at."""
     schedulefree = pytest.importorskip("schedulefree")
     model, initial = network(), network()
     inner = getattr(schedulefree, kind)(model.parameters(), lr=0.01)
-    optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy())
+    optimizer, _ = driven(face, inner, total_steps=STEPS)
     optimizer.train()
     train_by_closure(model, optimizer)
     at_training = model[0].weight.clone()
@@ -82,30 +83,33 @@ def of_package(name, model):
     return package.load_optimizer(name)(model.parameters(), lr=1e-3)
 
 
+@pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("name", [*NAMES, "SAM", "Lookahead"])
-def test_optimizer_of_another_package_trains(name):
+def test_optimizer_of_another_package_trains(name, face):
     """`any torch.optim.Optimizer` would be a promise for torch's own ones only."""
     model, initial = network(), network()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of those packages
         inner = of_package(name, model)
-        optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy())
-        optimizer.train()
+        optimizer, controller = driven(face, inner, total_steps=STEPS)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
         train_by_closure(model, optimizer)
-    assert optimizer.controller.step_count == STEPS
+    assert controller.step_count == STEPS
     assert_finite_weights(model)
     assert not torch.equal(model[0].weight, initial[0].weight)
 
 
+@pytest.mark.parametrize("face", FACES)
 @pytest.mark.parametrize("name", ["lion", "SAM"])
-def test_standing_still_is_the_other_package_with_linear_decay(name):
+def test_standing_still_is_the_other_package_with_linear_decay(name, face):
     """A closure evaluated once too often or too seldom would train something else."""
 
     def run(wrap):
         model = network()
         inner = of_package(name, model)
         if wrap:
-            optimizer = ScheduledOptimizer(inner, total_steps=STEPS, policy=SchedulePolicy.zero())
+            optimizer, _ = driven(face, inner, total_steps=STEPS, policy=SchedulePolicy.zero())
             return model, train_by_closure(model, optimizer)
         losses, lr = [], inner.param_groups[0]["lr"]
         for step in range(STEPS):
@@ -125,12 +129,15 @@ def test_standing_still_is_the_other_package_with_linear_decay(name):
     assert_same_weights(model, plain)
 
 
-def test_prodigy_trains():
+@pytest.mark.parametrize("face", FACES)
+def test_prodigy_trains(face):
     """Its learning rate of 1 is a factor on its own estimate, and would be taken for one that diverges."""
     prodigyopt = pytest.importorskip("prodigyopt")
     model = network()
     inner = prodigyopt.Prodigy(model.parameters(), lr=1.0)
-    train_by_closure(model, ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy()))
+    optimizer, controller = driven(face, inner, total_steps=STEPS)
+    train_by_closure(model, optimizer)
+    assert controller.step_count == STEPS
     assert_finite_weights(model)
 
 
@@ -194,12 +201,13 @@ def test_compiled_step_trains_as_an_eager_one(face):
     torch._dynamo.reset()
 
 
-def test_compiled_model_trains():
+@pytest.mark.parametrize("face", FACES)
+def test_compiled_model_trains(face):
     """Its parameters are those of the model inside, under other names."""
     model, plain = network(), network()
     compiled = torch.compile(model, backend="eager")
     for m in (compiled, plain):
-        inner = torch.optim.AdamW(m.parameters(), 0.01)
-        train_by_closure(m, ScheduledOptimizer(inner, total_steps=STEPS, policy=lively_policy()))
+        optimizer, _ = driven(face, torch.optim.AdamW(m.parameters(), 0.01), total_steps=STEPS)
+        train_by_closure(m, optimizer)
     assert_same_weights(model, plain)
     torch._dynamo.reset()

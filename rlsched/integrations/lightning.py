@@ -93,6 +93,9 @@ class ScheduleCallback(Callback):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._losses.append(loss if scaler is None else loss / scaler.scale(torch.ones_like(loss)))
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # Lightning itself does not call it then
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._hook is not None:
             self._hook.remove()

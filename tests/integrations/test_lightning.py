@@ -9,7 +9,7 @@ from helpers import assert_same_weights, lively_policy, network
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
-from rlsched import ScheduledOptimizer
+from rlsched import DivergenceError, ScheduledOptimizer
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
@@ -39,14 +39,19 @@ def data():
     return DataLoader(TensorDataset(inputs, inputs[:, :3].argmax(-1)), batch_size=16)
 
 
-def adamw(parameters):
+def adamw(parameters, lr=0.01):
     """The optimizer of all modules here."""
-    return torch.optim.AdamW(parameters, lr=0.01)
+    return torch.optim.AdamW(parameters, lr=lr)
 
 
-def scheduled(parameters, steps=STEPS):
+def scheduled(parameters, steps=STEPS, lr=0.01, **options):
     """The optimizer of a plain loop, and of modules that return the wrapper."""
-    return ScheduledOptimizer(adamw(parameters), total_steps=steps, **OPTIONS)
+    return ScheduledOptimizer(adamw(parameters, lr), total_steps=steps, **OPTIONS, **options)
+
+
+def warm_up(optimizer):
+    """A scheduler that begins at zero."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
 
 
 class Module(pl.LightningModule):
@@ -78,10 +83,11 @@ def fit(module, *callbacks, loader=None, ckpt_path=None, logger=False, **options
     return trainer
 
 
-def loop(accumulate=1, max_norm=None, dtype=None, scaler=None):
+def loop(accumulate=1, max_norm=None, dtype=None, scaler=None, schedule=None, **options):
     """The same training without Lightning; returns the network and the learning rate after every batch."""
     net, lrs = network(), []
-    optimizer = scheduled(net.parameters(), STEPS // accumulate)
+    optimizer = scheduled(net.parameters(), STEPS // accumulate, **options)
+    scheduler = None if schedule is None else schedule(optimizer)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(EPOCHS):
         losses = []
@@ -97,6 +103,8 @@ def loop(accumulate=1, max_norm=None, dtype=None, scaler=None):
                 scaler.update()
                 optimizer.zero_grad()
                 losses = []
+                if scheduler is not None:
+                    scheduler.step()
             lrs.append(optimizer.param_groups[0]["lr"])
     return net, lrs
 
@@ -104,9 +112,11 @@ def loop(accumulate=1, max_norm=None, dtype=None, scaler=None):
 BOTH = pytest.mark.parametrize("wrapped", [False, True], ids=["callback alone", "wrapper"])
 
 
-def both(wrapped):
+def both(wrapped, kind=Module, lr=0.01, **options):
     """A module that returns a plain optimizer, or one that returns the wrapper, and the callback that it needs."""
-    return (Module(scheduled), ScheduleCallback()) if wrapped else (Module(), ScheduleCallback(**OPTIONS))
+    if wrapped:
+        return kind(lambda p: scheduled(p, lr=lr, **options)), ScheduleCallback()
+    return kind(lambda p: adamw(p, lr)), ScheduleCallback(**OPTIONS, **options)
 
 
 @BOTH
@@ -312,22 +322,104 @@ def test_checkpoint_without_a_schedule_is_warned_about(tmp_path):
         )
 
 
+class Scheduled(Module):
+    """Has a scheduler of its own."""
+
+    schedule = staticmethod(warm_up)
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [{"scheduler": self.schedule(optimizer), "interval": "step"}]
+
+
 @BOTH
 def test_lr_scheduler_has_no_effect_and_says_so(wrapped):
     """A warm-up starts at 0, and would make that the base learning rate of the whole run."""
-
-    class WarmUp(Module):
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 5))
-            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-    module, callback = both(wrapped)
-    module = WarmUp(module.make)
+    module, callback = both(wrapped, Scheduled)
     with pytest.warns(UserWarning, match="a torch scheduler, or other code, has changed the learning rate"):
         fit(module, callback)
     assert callback.controller.step_count == STEPS
     assert_same_weights(module.net, loop()[0])
+
+
+@BOTH
+def test_lr_scheduler_is_followed_on_demand(wrapped):
+    """The warm-up that a user insists on would be lost."""
+    module, callback = both(wrapped, Scheduled, follow_scheduler=True)
+    fit(module, callback)
+    net, lrs = loop(schedule=warm_up, follow_scheduler=True)
+    assert module.lrs == lrs
+    assert_same_weights(module.net, net)
+
+
+@BOTH
+def test_shadow_leaves_a_fit_as_it_is(wrapped):
+    """Nobody would add a callback that looks on to a run that matters, if it changed the run."""
+
+    class Cosine(Scheduled):
+        schedule = staticmethod(lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS))
+
+    module, callback = both(wrapped, Cosine, shadow=True)
+    alone, loggers = Cosine(), [Logger(), Logger()]
+    for logger, callbacks in zip(loggers, [(module, callback), (alone,)], strict=True):
+        options = {"logger": logger, "log_every_n_steps": 1, "gradient_clip_val": 0.1}
+        fit(*callbacks, LearningRateMonitor("step"), **options)
+    assert_same_weights(module.net, alone.net)
+    assert module.lrs == alone.lrs
+    seen, expected = ([metrics["lr-AdamW"] for metrics in logger.seen if "lr-AdamW" in metrics] for logger in loggers)
+    assert seen == expected
+    assert callback.controller.step_count == STEPS
+    assert len(callback.controller.proposal) == 3
+
+
+@BOTH
+def test_schedule_is_frozen_after_fit(wrapped):
+    """The schedule of a good run could not be kept, or would lack its end."""
+    module, callback = both(wrapped)
+    fit(module, callback)
+    schedule = callback.controller.freeze()
+    assert [0.01 * schedule(n) for n in range(STEPS)] == pytest.approx(module.lrs)
+
+
+class Counting(Module):
+    """Counts its training steps."""
+
+    steps = 0
+
+    def training_step(self, batch):
+        self.steps += 1
+        return super().training_step(batch)
+
+
+@BOTH
+def test_steps_that_are_taken_back_are_those_of_a_plain_loop(wrapped):
+    """Lightning hands its closure to the optimizer: at the snapshot it would be evaluated, and stepped from, again."""
+    options = {"lr": 1e6, "on_divergence": "rollback"}
+    module, callback = both(wrapped, Counting, **options)
+    fit(module, callback)
+    net, lrs = loop(**options)
+    assert any("undone" in message for _, message in callback.controller.interventions)
+    assert module.steps == STEPS
+    assert module.lrs == lrs
+    assert_same_weights(module.net, net)
+
+
+def test_divergence_ends_a_fit_and_leaves_no_trace():
+    """A lost run would look like a bug, and the schedule go on with an optimizer that is used again."""
+
+    class Diverges(Module):
+        def training_step(self, batch):
+            return super().training_step(batch) * (math.nan if self.global_step > 5 else 1.0)
+
+    made = []
+    module = Diverges(lambda p: made.append(adamw(p)) or made[-1])
+    with pytest.raises(DivergenceError, match="not finite"):
+        fit(module, ScheduleCallback(**OPTIONS, on_divergence="raise"))
+    (optimizer,) = made
+    optimizer.param_groups[0]["lr"] = 0.5
+    Module.training_step(module, next(iter(data()))).backward()
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_skipped_batches_are_no_steps():

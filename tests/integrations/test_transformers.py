@@ -7,7 +7,7 @@ import torch
 from helpers import assert_same_weights, lively_policy
 from torch import nn
 
-from rlsched import ScheduledOptimizer
+from rlsched import DivergenceError, ScheduledOptimizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -22,13 +22,13 @@ STEPS = BATCHES * EPOCHS
 OPTIONS = {"policy": lively_policy(), "decisions": 8}  # decides before the steps 1, 5, 9 ...
 
 
-def model(kind=Sentences):
+def model(kind=Sentences, dtype=torch.float32):
     """A transformer of 1,500 weights, the same at every call."""
     torch.manual_seed(1)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, num_labels=3, **sizes)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    return kind(config)
+    return kind(config).to(dtype)
 
 
 def data():
@@ -46,14 +46,14 @@ def token_data():
     return rows
 
 
-def adamw(parameters):
+def adamw(parameters, lr=0.01):
     """An optimizer like the one that the Trainer makes by itself."""
-    return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
 
 
-def scheduled(parameters, steps=STEPS, **options):
+def scheduled(parameters, steps=STEPS, lr=0.01, **options):
     """The wrapper that a user gives to the Trainer."""
-    return ScheduledOptimizer(adamw(parameters), total_steps=steps, **OPTIONS, **options)
+    return ScheduledOptimizer(adamw(parameters, lr), total_steps=steps, **OPTIONS, **options)
 
 
 def trainer(
@@ -75,14 +75,24 @@ def grad_scaler(enabled=True):
 
 
 @functools.cache
-def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=False, factor=1.0, warm_up=0):
+def loop(
+    kind=Sentences,
+    accumulate=1,
+    normalized=True,
+    max_norm=None,
+    bf16=False,
+    factor=1.0,
+    warm_up=0,
+    dtype=torch.float32,
+    **options,
+):
     """The same training without the Trainer; returns the model, and the learning rate and the loss of each step."""
-    net, lrs, losses = model(kind), [], []
+    net, lrs, losses = model(kind, dtype), [], []
     rows = data() if kind is Sentences else token_data()
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
     scaler = grad_scaler(enabled=factor != 1.0)
     steps = [batches[i : i + accumulate] for i in range(0, len(batches), accumulate)]
-    optimizer = scheduled(net.parameters(), EPOCHS * len(steps), follow_scheduler=warm_up > 0)
+    optimizer = scheduled(net.parameters(), EPOCHS * len(steps), follow_scheduler=warm_up > 0, **options)
     optimizer.optimizer.register_step_post_hook(lambda inner, *_: lrs.append(inner.param_groups[0]["lr"]))
     scheduler = get_scheduler("linear", optimizer, warm_up, STEPS) if warm_up else None
     for micro_batches in EPOCHS * steps:
@@ -109,11 +119,11 @@ def loop(kind=Sentences, accumulate=1, normalized=True, max_norm=None, bf16=Fals
 BOTH = pytest.mark.parametrize("wrapped", [False, True], ids=["callback alone", "wrapper"])
 
 
-def run(wrapped, steps=STEPS, kind=Sentences, resume=None, **options):
-    """Train with a plain optimizer or the wrapper, and the callback that it needs."""
-    net = model(kind)
-    optimizer = scheduled(net.parameters(), steps) if wrapped else adamw(net.parameters())
-    callback = ScheduleCallback() if wrapped else ScheduleCallback(**OPTIONS)
+def run(wrapped, steps=STEPS, kind=Sentences, resume=None, lr=0.01, schedule=None, dtype=torch.float32, **options):
+    """Train with a plain optimizer or the wrapper, and the callback that it needs; `schedule` has its options."""
+    net, schedule = model(kind, dtype), schedule or {}
+    optimizer = scheduled(net.parameters(), steps, lr, **schedule) if wrapped else adamw(net.parameters(), lr)
+    callback = ScheduleCallback() if wrapped else ScheduleCallback(**OPTIONS, **schedule)
     it = trainer(net, callback, optimizer, **options)
     it.train(resume_from_checkpoint=resume)
     return net, callback, it
@@ -235,24 +245,72 @@ def test_total_steps_come_from_max_steps():
     assert callback.controller.step_count == callback.controller.total_steps == 7
 
 
-def test_warm_up_has_no_effect_and_says_so():
+@BOTH
+def test_warm_up_has_no_effect_and_says_so(wrapped):
     """A warm-up starts at 0, and would make that the base learning rate of the whole run."""
     with pytest.warns(UserWarning, match="which has no effect"):
-        net, callback, _ = run(False, warmup_steps=5)
+        net, callback, _ = run(wrapped, warmup_steps=5)
     assert callback.controller.step_count == STEPS
     assert_same_weights(net, loop()[0])
 
 
-def test_warm_up_is_followed_on_demand():
+EVERY_STEP = {"logging_strategy": "steps", "logging_steps": 1}
+
+
+@BOTH
+def test_warm_up_is_followed_on_demand(wrapped):
     """The warm-up that a user insists on would be lost, or the log show it without the policy's part."""
-    net = model()
-    callback = ScheduleCallback(**OPTIONS, follow_scheduler=True)
-    logging = {"logging_strategy": "steps", "logging_steps": 1}
-    it = trainer(net, callback, adamw(net.parameters()), warmup_steps=5, **logging)
-    it.train()
+    net, _, it = run(wrapped, schedule={"follow_scheduler": True}, warmup_steps=5, **EVERY_STEP)
     expected, lrs, _ = loop(warm_up=5)
     assert learning_rates(it) == lrs
     assert_same_weights(net, expected)
+
+
+@BOTH
+def test_shadow_leaves_a_training_as_it_is(wrapped):
+    """Nobody would add a callback that looks on to a run that matters, if it changed the run, or its logs."""
+    options = {"warmup_steps": 5, "lr_scheduler_type": "cosine", "max_grad_norm": 0.1, **EVERY_STEP}
+    net, callback, it = run(wrapped, schedule={"shadow": True}, **options)
+    plain = model()
+    alone = trainer(plain, None, adamw(plain.parameters()), **options)
+    alone.train()
+    assert_same_weights(net, plain)
+    for name in ("learning_rate", "loss", "grad_norm"):
+        seen, expected = ([logs.get(name) for logs in t.state.log_history] for t in (it, alone))
+        assert seen == expected
+    assert callback.controller.step_count == STEPS
+    assert len(callback.controller.proposal) == 3
+
+
+@BOTH
+def test_schedule_is_frozen_after_training(wrapped):
+    """The schedule of a good run could not be kept, or would lack its end."""
+    _, callback, it = run(wrapped, **EVERY_STEP)
+    schedule = callback.controller.freeze()
+    assert [0.01 * schedule(n) for n in range(STEPS)] == pytest.approx(learning_rates(it))
+
+
+@BOTH
+def test_steps_that_are_taken_back_are_those_of_a_plain_loop(wrapped):
+    """Steps are taken back when a learning rate would explode, of which the Trainer knows nothing."""
+    options = {"on_divergence": "rollback"}
+    net, callback, it = run(wrapped, lr=1e6, schedule=options, **EVERY_STEP)
+    expected, lrs, _ = loop(lr=1e6, **options)
+    assert any("undone" in message for _, message in callback.controller.interventions)
+    assert learning_rates(it) == lrs
+    assert_same_weights(net, expected)
+
+
+@BOTH
+def test_divergence_ends_a_training(wrapped):
+    """A lost run would burn its budget, or look like a bug."""
+
+    class Diverges(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (float("nan") if self.state.global_step > 5 else 1.0)
+
+    with pytest.raises(DivergenceError, match="not finite"):
+        run(wrapped, schedule={"on_divergence": "raise"}, trainer_class=Diverges)
 
 
 def test_loss_that_the_model_does_not_return_is_missed():
