@@ -274,6 +274,7 @@ def work(rank, folder):
         except Exception:
             results[name] = traceback.format_exc()
     torch.save(results, f"{folder}/{rank}")
+    dist.barrier()  # who leaves while the other still listens to him leaves him waiting
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -104,7 +105,8 @@ def work(rank, folder):
     launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in launcher.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # asked for by the Trainer, and not used
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    store = {"init_method": f"file://{folder}/store", "timeout": timedelta(seconds=120)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, **store)
     warnings.filterwarnings("error", message="rlsched")
     results = {}
     for name, face in RUNS:
@@ -120,6 +122,7 @@ def work(rank, folder):
             checkpoints = f"{folder}/{name}, {face}"
             results[name, face, "saved"], results[name, face, "resumed"] = run(checkpoints), run(checkpoints, True)
     torch.save(results, f"{folder}/{rank}")
+    torch.distributed.barrier()  # who leaves while the other still listens to him leaves him waiting
     torch.distributed.destroy_process_group()
 
 
