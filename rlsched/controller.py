@@ -265,6 +265,9 @@ class Controller:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was.
 
+        Snapshots are not in the state: the next one is taken at a decision that finds the run well, and a probe that
+        has gone too far just before is not undone.
+
         Raises:
             ValueError: the state is of a run with another policy, other controls, total_steps or decisions, or of no
                 controller at all.
