@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from helpers import lively_policy
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -47,6 +47,7 @@ POLICIES = [lively_policy(), lively_policy(5), SchedulePolicy.zero(), SchedulePo
     resume=st.booleans(),
     everywhere=st.booleans(),
 )
+@example([[(1e90, 1.0)] * 9], "SGD", POLICIES[0], 1.0, 30, "cut", (0.0, math.inf), False, True)
 def test_weights_stay_finite_and_learning_rates_in_bounds(
     sequence, make, policy, lr, total_steps, on_divergence, bounds, resume, everywhere
 ):

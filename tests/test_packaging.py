@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install inside rlsched
-EXTRAS = ("gymnasium", "stable_baselines3", "tensorboard", "matplotlib", "sklearn")
+EXTRAS = (
+    *("gymnasium", "stable_baselines3", "tensorboard", "matplotlib", "sklearn"),
+    *("lightning", "transformers", "accelerate"),
+)
 
 
 def run_python(code: str, cwd: Path, path: Path | None = None) -> str:

@@ -166,13 +166,18 @@ def test_rollback_brings_the_weights_back(make):
     assert loss_at(model, 0) < 1.2 < 10 < loss_at(cut, 0)
 
 
-def test_rollback_goes_back_to_weights_that_were_well():
+TAKEN = WINDOW * safety.SNAPSHOT_INTERVAL + 1  # step at which a snapshot is taken; the next one at 2 * TAKEN - 1
+
+
+@pytest.mark.parametrize("bad", [BAD, 2 * TAKEN - 1], ids=["between snapshots", "when the next one is due"])
+def test_rollback_goes_back_to_weights_that_were_well(bad):
     """A snapshot that was taken when the loss had begun to rise would bring back a run that is lost."""
     model = network()
     optimizer = scheduled(model, on_divergence="rollback")
-    weights = []
-    for step in range(BAD):
+    weights, norms = [], []
+    for step in range(bad):
         weights.append([p.detach().clone() for p in model.parameters()])
+        norms.append(copy.deepcopy(optimizer.controller.average_norm))
         train(model, optimizer, [step])
     throw_away(model)
     while not optimizer.controller.interventions:
@@ -181,10 +186,29 @@ def test_rollback_goes_back_to_weights_that_were_well():
         loss.backward()
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.step(loss=loss)
-    taken = WINDOW * safety.SNAPSHOT_INTERVAL + 1
-    for p, old, lost in zip(model.parameters(), weights[taken], before, strict=True):
+    for p, old, lost in zip(model.parameters(), weights[TAKEN], before, strict=True):
         assert torch.equal(p, old), "the gradients of that step are of the weights that were lost"
         assert not torch.allclose(p, lost)
+    assert optimizer.controller.average_norm == norms[TAKEN], "gradients would be clipped to what was lost"
+
+
+def test_rollback_rescales_the_momentum_that_it_brings_back():
+    """Momentum that has moved since would make updates of another size of what was summed up before."""
+    model = network()
+    optimizer = scheduled(model, always(momentum=-0.3), on_divergence="rollback", controls=["momentum"])
+    train(model, optimizer, range(TAKEN))
+    group = optimizer.param_groups[0]
+    averages = [(1 - group["momentum"]) * optimizer.state[p]["momentum_buffer"].clone() for p in model.parameters()]
+    train(model, optimizer, range(TAKEN, BAD))
+    before = group["momentum"]
+    throw_away(model)
+    step = BAD
+    while not optimizer.controller.interventions:
+        train(model, optimizer, [step])
+        step += 1
+    assert group["momentum"] < before - 0.01
+    for p, average in zip(model.parameters(), averages, strict=True):
+        torch.testing.assert_close((1 - group["momentum"]) * optimizer.state[p]["momentum_buffer"], average)
 
 
 def test_raise_stops_before_the_weights_are_touched():

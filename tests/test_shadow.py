@@ -18,13 +18,13 @@ OPTIMIZERS = {
 }
 
 
-def run(make, shadow=None, poison=None):
+def run(make, shadow=None, poison=None, **more):
     """Train with a cosine schedule, clipping and momentum of the user's own; `shadow` puts rlsched beside it."""
     model = network()
     inner = optimizer = make(model.parameters())
     controller = None
     if shadow is not None:
-        options = {"total_steps": STEPS, "decisions": DECISIONS, "policy": lively_policy(), "shadow": True}
+        options = {"total_steps": STEPS, "decisions": DECISIONS, "policy": lively_policy(), "shadow": True, **more}
         optimizer = shadow(inner, **options)
         controller = optimizer if shadow is attach else optimizer.controller
         optimizer = inner if shadow is attach else optimizer
@@ -50,9 +50,10 @@ def test_shadowed_run_is_bit_equal_to_the_users_own(make, face):
     assert controller.step_count == STEPS and len(controller.proposal) == 3
 
 
-def test_not_even_a_nan_is_taken_out():
+@pytest.mark.parametrize("on_divergence", ["cut", "rollback", "raise", None])
+def test_not_even_a_nan_is_taken_out(on_divergence):
     """A NaN that ends the run alone ends it in the shadow too; but it is on record."""
-    model, _, controller = run(OPTIMIZERS["AdamW"], ScheduledOptimizer, poison=math.nan)
+    model, _, controller = run(OPTIMIZERS["AdamW"], ScheduledOptimizer, poison=math.nan, on_divergence=on_divergence)
     assert model[0].weight.isnan().all()
     assert any("finite" in message for _, message in controller.interventions)
 
