@@ -1,4 +1,4 @@
-"""Results on disk: JSON lines, each with where it comes from."""
+"""Results on disk: JSON lines, each with where it comes from; the table and the plot that are made of them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 import rlsched
 
+TABLE, PLOT = "table.md", "plot.png"
 CPUINFO = Path("/proc/cpuinfo")  # of Linux
 
 
@@ -46,6 +48,13 @@ def read(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}, is not a result ({error}); delete the line and run again"
             ) from None
     return rows
+
+
+def publish(out: Path, table: str, plot: Figure) -> str:
+    """Write `table.md` and `plot.png` beside the results in `out`, and return the table."""
+    (out / TABLE).write_text(table + "\n")
+    plot.savefig(out / PLOT, dpi=110)
+    return table
 
 
 def _processor() -> str:

@@ -165,8 +165,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from rlsched.experiments.compare.analysis import PLOT, TABLE, report
+    from rlsched.experiments.compare.analysis import report
     from rlsched.experiments.compare.run import RUNS, TENSORBOARD, Plan, compare
+    from rlsched.experiments.records import PLOT, TABLE
 
     policy = SchedulePolicy.load(options.policy)
     torch.set_num_threads(min(2, os.cpu_count() or 1))  # the networks are small: more threads cost more than they give

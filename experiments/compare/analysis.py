@@ -11,9 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES
-from rlsched.experiments.records import read
+from rlsched.experiments.records import publish, read
 
-TABLE, PLOT = "table.md", "plot.png"
 COLORS = {POLICY: "tab:red", REPLAY: "tab:orange", "cosine": "tab:blue", "linear": "tab:green", "constant": "tab:gray"}
 NAMES = {POLICY: "learned", REPLAY: "replay of its mean"}  # the others are called what they are
 WORST = 1.0  # log loss at which a diverged run is counted: worse than chance among ten classes
@@ -125,10 +124,7 @@ def plot(results: Results) -> Figure:
 def report(out: Path, policy: str) -> str:
     """Write `table.md` and `plot.png` beside the `runs.jsonl` in `out`, and return the table."""
     results = Results(out, policy)
-    text = table(results)
-    (out / TABLE).write_text(text + "\n")
-    plot(results).savefig(out / PLOT, dpi=110)
-    return text
+    return publish(out, table(results), plot(results))
 
 
 def _cell(results: Results, setting: Setting, schedule: str, factor: float) -> str:

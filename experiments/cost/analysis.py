@@ -9,19 +9,15 @@ from matplotlib.figure import Figure
 
 from rlsched.experiments.cost.loops import PLAIN
 from rlsched.experiments.cost.run import RUNS
-from rlsched.experiments.records import read
+from rlsched.experiments.records import publish, read
 
-TABLE, PLOT = "table.md", "plot.png"
 Row = dict[str, Any]
 
 
 def report(out: Path) -> str:
     """Write `table.md` and `plot.png` beside the `runs.jsonl` in `out`, and return the table."""
     rows = read(out / RUNS)
-    text = table(rows)
-    (out / TABLE).write_text(text + "\n")
-    plot(rows).savefig(out / PLOT, dpi=110)
-    return text
+    return publish(out, table(rows), plot(rows))
 
 
 def table(rows: list[Row]) -> str:

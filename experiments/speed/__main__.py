@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from rlsched.experiments.speed.analysis import PLOT, TABLE, report
+from rlsched.experiments.records import PLOT, TABLE
+from rlsched.experiments.speed.analysis import report
 from rlsched.experiments.speed.plan import QUICK, Plan
 from rlsched.experiments.speed.run import RESULTS, run
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from rlsched.experiments.records import publish
 from rlsched.experiments.speed.plan import INTERVAL, Measurement, Perceptron, Plan
 from rlsched.experiments.speed.run import results
 
-TABLE, PLOT = "table.md", "plot.png"
 MODES = {False: "eager", True: "compiled"}
 COLORS = {False: "tab:blue", True: "tab:red"}
 MB = 1e6
@@ -173,10 +173,7 @@ def plot(results: Results) -> Figure:
 def report(out: Path, plan: Plan) -> str:
     """Write `table.md` and `plot.png` beside the `results.jsonl` in `out`, and return the tables."""
     results = Results(out, plan)
-    text = tables(results)
-    (out / TABLE).write_text(text + "\n")
-    plot(results).savefig(out / PLOT, dpi=110)
-    return text
+    return publish(out, tables(results), plot(results))
 
 
 def _origin(results: Results) -> str:

@@ -11,8 +11,9 @@ from helpers import lively_policy
 
 from rlsched import SchedulePolicy
 from rlsched.experiments.compare import run as compare_run
-from rlsched.experiments.compare.analysis import PLOT, TABLE, WORST, Results, Setting, report
+from rlsched.experiments.compare.analysis import WORST, Results, Setting, report
 from rlsched.experiments.compare.run import OPTIMIZERS, POLICY, REPLAY, RUNS, Plan, Run, compare, perform
+from rlsched.experiments.records import PLOT, TABLE
 
 PLAN = Plan(optimizers=("sgd",), steps=(8,), seeds=2, policy_factors=(1.0, 10.0), sweep=(0.1, 1.0))
 ZERO = SchedulePolicy.zero()

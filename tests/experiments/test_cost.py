@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from rlsched.experiments.cost.__main__ import main
-from rlsched.experiments.cost.analysis import PLOT, TABLE
 from rlsched.experiments.cost.loops import NETWORKS, OPTIMIZERS, PLAIN, UNMEASURED, loop, loops, memory
 from rlsched.experiments.cost.run import RUNS, measure
+from rlsched.experiments.records import PLOT, TABLE
 
 
 def test_quick_run_writes_table_and_plot_and_goes_on(tmp_path):

@@ -8,9 +8,10 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlsched.envs import SchedulingVectorEnv
+from rlsched.experiments.records import PLOT, TABLE
 from rlsched.experiments.speed import measure
 from rlsched.experiments.speed.__main__ import main
-from rlsched.experiments.speed.analysis import PLOT, TABLE, Results, Verdict, report, verdicts
+from rlsched.experiments.speed.analysis import Results, Verdict, report, verdicts
 from rlsched.experiments.speed.measure import KINDS, WARM_UP
 from rlsched.experiments.speed.plan import LARGE, QUICK, SMALL, Measurement, Perceptron, Plan
 from rlsched.experiments.speed.run import RESULTS
