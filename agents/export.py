@@ -11,6 +11,7 @@ from stable_baselines3 import PPO
 from rlsched.policy import SchedulePolicy
 
 CHECKPOINT = "checkpoint.zip"  # in the folder of a training run
+DOMAIN = "observed_domain"  # attribute of a model, where the observations lie that it was evaluated on
 _ACTIVATION_NAMES: dict[type[torch.nn.Module], str] = {torch.nn.Tanh: "tanh", torch.nn.ReLU: "relu"}
 
 
@@ -27,7 +28,8 @@ def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
     if len(between) != 1 or not between <= _ACTIVATION_NAMES.keys():
         raise ValueError(f"model: cannot export an actor with the layers {[type(m).__name__ for m in layers]}")
     weights = [(m.weight.detach().clone(), m.bias.detach().clone()) for m in linear]  # training may go on
-    return SchedulePolicy(weights, activation=_ACTIVATION_NAMES[between.pop()], info=info)
+    domain = getattr(model, DOMAIN, None)  # of its last evaluation
+    return SchedulePolicy(weights, activation=_ACTIVATION_NAMES[between.pop()], domain=domain, info=info)
 
 
 def load_checkpoint(source: str | Path) -> SchedulePolicy:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from rlsched.agents.config import TrainConfig
 from rlsched.agents.evaluation import Evaluation, evaluate
-from rlsched.agents.export import CHECKPOINT, export
+from rlsched.agents.export import CHECKPOINT, DOMAIN, export
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.scheduling import SchedulingVectorEnv
@@ -65,14 +65,16 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         bar = stack.enter_context(_progress_bar(config, model.num_timesteps))
         evaluation = _EvaluationCallback(config, bar)
         stack.callback(evaluation.close)
+        checkpoints = _CheckpointCallback(checkpoint)
         callbacks: list[BaseCallback] = [
-            _CheckpointCallback(checkpoint),
+            checkpoints,
             evaluation,
             _ProgressCallback(bar, evaluation),
         ]
         remaining = max(0, config.decisions - model.num_timesteps)
         model.learn(remaining, callback=callbacks, reset_num_timesteps=False, log_interval=1)
         policy = evaluation.finish()
+        checkpoints.save()  # with the domain of the policy
     policy.save(run_dir / POLICY)
     return policy
 
@@ -178,12 +180,12 @@ class _CheckpointCallback(BaseCallback):
         return True
 
     def _on_rollout_start(self) -> None:
-        self._save()
+        self.save()
 
     def _on_training_end(self) -> None:
-        self._save()
+        self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
         partial = self.path.with_suffix(".partial.zip")
         self.model.save(partial)
         partial.replace(self.path)
@@ -219,6 +221,7 @@ class _EvaluationCallback(BaseCallback):
                 self.zero = evaluate(SchedulePolicy.zero(), seed=config.eval_seed, env=env)
             self.env = _vector_env(config, config.eval_episodes, safe_start=policy.safe_start)
         self.latest = evaluate(policy, seed=config.eval_seed, env=self.env)
+        setattr(self.model, DOMAIN, Domain.of(torch.from_numpy(self.latest.observations)))
         assert self.zero is not None
         for name, value in self.scores().items():
             self.logger.record(f"eval/{name}", value)
@@ -244,10 +247,8 @@ class _EvaluationCallback(BaseCallback):
 
     def finish(self) -> SchedulePolicy:
         """Evaluate the final policy, log it with the hyperparameters, and give it its scores."""
+        self.play(export(self.model))
         policy = export(self.model)
-        self.play(policy)
-        assert self.latest is not None
-        policy.domain = Domain.of(torch.from_numpy(self.latest.observations))
         scores = {name: round(value, 4) for name, value in self.scores().items()}
         hyperparameters = self.config.hyperparameters()
         flat = {key: str(v) if isinstance(v, list) else v for key, v in hyperparameters.items()}

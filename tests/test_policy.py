@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from rlsched import SchedulePolicy
 from rlsched.control import CONTROLS
 from rlsched.policy import DIGEST, INFO, SPEC, PolicyFileError, _digest
+from rlsched.safety import Domain
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
 
 N, M = len(OBSERVATIONS), len(CONTROLS)
@@ -56,6 +57,21 @@ def test_any_batch_of_observations_gives_its_actions(batch):
     assert actions.shape == (*batch, M)
     for i in torch.cartesian_prod(*(torch.arange(n) for n in batch)).view(-1, len(batch)) if batch else []:
         torch.testing.assert_close(actions[tuple(i)], lively_policy().act(observations[tuple(i)]))
+
+
+def test_file_keeps_the_domain(tmp_path):
+    """A policy that forgot where it was trained would be trusted everywhere, and would go by the name of the other."""
+    policy = lively_policy()
+    plain = policy.digest
+    assert (policy.influence(1e3 * torch.randn(5, N)) == 1).all()
+    policy.domain = Domain.of(torch.randn(200, N))
+    loaded = SchedulePolicy.load(policy.save(tmp_path / "policy.safetensors"))
+    assert loaded.digest == policy.digest != plain
+    observations = 5 * torch.randn(7, N)
+    assert torch.equal(loaded.influence(observations), policy.influence(observations))
+    assert (loaded.influence(observations) < 1).all()
+    for one, other in zip(loaded.weights, policy.weights, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 def test_zero_policy_stands_still_without_a_probe():

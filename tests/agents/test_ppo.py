@@ -68,6 +68,10 @@ def test_run_leaves_everything_it_promises(make_config, tiny, capsys):
     again = evaluate(policy, tiny, episodes=config.eval_episodes, seed=config.eval_seed)
     zero = evaluate(SchedulePolicy.zero(), tiny, episodes=config.eval_episodes, seed=config.eval_seed)
     assert scores["return"] == pytest.approx(again.mean_return, abs=1e-3)
+    # Its domain is where these observations lie.
+    influence = policy.influence(torch.from_numpy(again.observations))
+    assert (influence == 1).float().mean() > 0.9
+    assert (policy.influence(torch.from_numpy(again.observations) + 50) < 0.1).all()
     assert scores["return_of_zero_policy"] == pytest.approx(zero.mean_return, abs=1e-3)
     assert scores["gain"] == pytest.approx(again.mean_return - zero.mean_return, abs=2e-3)
 
@@ -149,7 +153,8 @@ def test_killed_in_the_last_evaluation_loses_no_update(make_config, monkeypatch)
     saved = export(PPO.load(Path(config.run_dir) / "checkpoint.zip", device="cpu"))
     monkeypatch.setattr(PPO, "train", lambda model: 1 / 0)
     policy = train(config)
-    assert policy.digest == saved.digest
+    for one, other in zip(policy.weights, saved.weights, strict=True):
+        assert all(map(torch.equal, one, other))
     assert policy.info["training"]["decisions_done"] == 64
 
 
