@@ -8,7 +8,7 @@ import pytest
 import torch
 
 os.environ["MPLBACKEND"] = "Agg"
-os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # of processes that tests start
 
 
 @pytest.fixture(autouse=True)
