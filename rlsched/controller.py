@@ -440,16 +440,21 @@ class Controller:
         momentum = self.hyperparameters.first_momentum if self.hyperparameters.sums_gradients else 0.0
         offset = control.safe_offset(window.predicted_decrease[-1], window.update_ratio[-1], _host(1 / (1 - momentum)))
         is_finite = bool(window.grad_norm[-1].isfinite())
-        went_too_far = is_finite and bool(offset < control.CONTROLS[LR].low)
+        low = control.CONTROLS[LR].low
+        went_too_far = is_finite and bool(offset < low)
         self._note_nonfinite(window)
         if went_too_far:
             self.lr_offset += math.log(control.PROBE)
+            offset = offset - math.log(control.PROBE)
             self._intervene(f"a step at {control.PROBE:.0e} of the lr went too far: undone, the lr scaled by as much")
         if went_too_far or not is_finite:
             if self._snapshot is not None and self.window_start != self.restored_at:
                 self._restore()
-            if self.step_count < min(MAX_PROBES, self.total_steps - 1):
+            needed = 2 if went_too_far else 1  # steps: one that moves nothing, and the probe
+            if self.step_count + needed < min(MAX_PROBES, self.total_steps):
                 return True
+            if offset.isfinite():  # there is no time to find out: believe it, beyond the reach of the control too
+                self.lr_offset += min(0.0, float(offset) - low)
         if offset < 0:
             factor = max(offset.exp().item(), control.PROBE)
             self._intervene(f"a step at the full lr would go too far: scaled by {factor:.2g}", logging.INFO)

@@ -278,6 +278,16 @@ def test_any_base_learning_rate_is_survived(make, lr):
     assert all("undone" in message or "scaled by" in message for message in messages(optimizer))
 
 
+@pytest.mark.parametrize("total_steps", [3, 5, 7])
+def test_absurd_learning_rate_is_survived_in_a_run_too_short_to_probe(total_steps):
+    """Weight decay times what the probes had no time to take off would throw the weights away, a little later."""
+    model = network()
+    optimizer = scheduled(model, lively_policy(), 1e10, OPTIMIZERS["AdamW"], total_steps=total_steps)
+    train(model, optimizer, range(total_steps))
+    norm = nn.utils.parameters_to_vector(model.parameters()).norm()
+    assert norm < 2 * nn.utils.parameters_to_vector(network().parameters()).norm()
+
+
 def test_probe_that_goes_too_far_is_undone():
     """At a learning rate that is wrong by a million even the probe throws the weights away."""
     model = network()
