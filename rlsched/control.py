@@ -126,7 +126,8 @@ def safe_offset(predicted_decrease: Tensor, update_ratio: Tensor, growth: Tensor
     """
     by_loss = MAX_DECREASE / (predicted_decrease / PROBE).clamp(min=1e-12).nan_to_num(1e-12)
     by_weights = MAX_UPDATE / (growth * update_ratio / PROBE).clamp(min=1e-12)
-    from_zero = (update_ratio > 1e12) | ((update_ratio >= 1) & (predicted_decrease > 0) & (by_loss >= 1))
+    near_zero = (update_ratio >= 1) & (update_ratio < 1e3) & (predicted_decrease > 0) & (by_loss >= 1)
+    from_zero = near_zero | (update_ratio > 1e12)
     limit = torch.minimum(by_loss, torch.where(from_zero, torch.inf, by_weights))
     return torch.where(update_ratio.isfinite(), limit.log(), -torch.inf)
 

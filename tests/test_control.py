@@ -135,6 +135,7 @@ def test_safe_start_does_not_take_an_explosion_for_weights_that_began_at_zero():
     """Weight decay times a learning rate of millions throws weights away without any gradient."""
     for decrease in (math.nan, 0.0, 1e3 * control.PROBE):
         assert safe(decrease, 10.0) == CONTROLS[LR].low
+    assert safe(0.1 * control.PROBE, 1e6) == CONTROLS[LR].low, "a loss that is huge lets any step look small"
 
 
 @pytest.mark.parametrize("decrease, ratio", [(math.nan, math.nan), (math.nan, math.inf), (1e30, 1.0)])
