@@ -1,4 +1,4 @@
-"""Training scheduling policies with PPO from Stable-Baselines3; the shipped ones lie in `pretrained/`."""
+"""Training scheduling policies with PPO from Stable-Baselines3."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazy: loading a shipped policy passes through this package, and must not need Stable-Baselines3.
+    # Lazy: the configuration alone must not need Stable-Baselines3.
     from importlib import import_module
 
     if name not in _HOMES:

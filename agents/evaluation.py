@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlsched.envs import InnerTask, SchedulingVectorEnv
-from rlsched.policy import SchedulePolicy
+from rlsched.policy import Policy
 
 
 class Evaluation(NamedTuple):
@@ -18,7 +18,7 @@ class Evaluation(NamedTuple):
 
     returns: NDArray[np.float64]  # (episodes,): log(first / last validation loss), at least −2
     diverged: NDArray[np.bool_]  # (episodes,): ended by a loss or weight that is not finite
-    observations: NDArray[np.float32]  # (decisions of all episodes, observations)
+    observations: NDArray[np.float32]  # (timesteps of all episodes, observations)
     paths: dict[str, list[NDArray[np.float64]]]  # of each info: for each episode, its values at every decision
 
     @property
@@ -26,26 +26,44 @@ class Evaluation(NamedTuple):
         return float(self.returns.mean())
 
 
+def words(policy: Policy) -> dict[str, Any]:
+    """The arguments of an environment that shows a policy what it asks for, and lets it move what it moves."""
+    return {
+        "observations": policy.observations,
+        "controls": policy.controls,
+        "base_schedule": policy.base_schedule,
+        "safe_start": policy.safe_start,
+    }
+
+
 def evaluate(
-    policy: SchedulePolicy,
+    policy: Policy,
     tasks: str | InnerTask | Sequence[InnerTask] = "mlp",
     *,
     episodes: int = 192,
     seed: int = 1_000_000,
     env: Any = None,
 ) -> Evaluation:
-    """Play one episode in each of `episodes` environments, with the policy's deterministic actions.
+    """Play one episode in each of `episodes` environments: with what a deployed policy does, its influence included.
 
     Args:
         policy: decides; its `safe_start` is that of the environment, so that `SchedulePolicy.zero()` gives exactly
-            the fallback schedule.
+            the base schedule.
         tasks: mixture of inner tasks.
         episodes: their number.
         seed: of the first episode; the others count up. The same seed gives the same episodes to every policy.
-        env: a vector environment to play in, for instance one over several processes, in place of a new one.
+        env: a vector environment to play in, for instance one over several processes, in place of a new one. It has to
+            be made with `words(policy)`.
     """
     if env is None:
-        env = SchedulingVectorEnv(episodes, tasks, safe_start=policy.safe_start)
+        env = SchedulingVectorEnv(episodes, tasks, **words(policy))
+    shapes = env.single_observation_space.shape, env.single_action_space.shape
+    if shapes != ((len(policy.observations),), (len(policy.controls),)):
+        raise ValueError(
+            f"env observes and moves {shapes}, the policy {len(policy.observations)} observations and "
+            f"{len(policy.controls)} controls: make it with words(policy)"
+        )
+    memory = policy.begin((env.num_envs,))
     observations, infos = env.reset(seed=seed)
     returns, diverged = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
     running = np.ones(env.num_envs, bool)
@@ -53,8 +71,8 @@ def evaluate(
     seen = []
     while running.any():
         seen.append(observations[running])
-        actions = policy.act(torch.from_numpy(observations)).numpy()
-        observations, rewards, done, _, infos = env.step(actions)
+        actions, memory = policy.act(torch.from_numpy(observations), memory)
+        observations, rewards, done, _, infos = env.step(actions.numpy())
         returns += np.where(running, rewards, 0)
         final = infos.get("final_info", infos)
         for key, values in infos.items():

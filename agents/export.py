@@ -2,34 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 from stable_baselines3 import PPO
 
+from rlsched.actors import ACTORS
+from rlsched.agents.config import TrainConfig
 from rlsched.policy import SchedulePolicy
 
 CHECKPOINT = "checkpoint.zip"  # in the folder of a training run
-DOMAIN = "observed_domain"  # attribute of a model, where the observations lie that it was evaluated on
-_ACTIVATION_NAMES: dict[type[torch.nn.Module], str] = {torch.nn.Tanh: "tanh", torch.nn.ReLU: "relu"}
+# Attributes of a model, which its checkpoint keeps.
+DOMAIN = "observed_domain"  # where the observations lie that it was evaluated on
+WORDS = "schedule_words"  # what its policy sees and moves, and what kind of network decides
+
+
+def words_of(config: TrainConfig) -> dict[str, Any]:
+    """What a model has to know of its configuration to be exported."""
+    names = ("observations", "controls", "base_schedule", "actor", "hidden", "activation")
+    return {name: getattr(config, name) for name in names}
+
+
+def learner(actor: str) -> type[PPO]:
+    """The algorithm that trains this kind of actor."""
+    module, name = ACTORS[actor].learner
+    found: type[PPO] = getattr(import_module(module), name)
+    return found
 
 
 def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
-    """The deterministic policy of a PPO model: the mean of its actions, clipped to [-1, 1].
+    """The deterministic policy of a model: the mean of its actions, clipped to [−1, 1].
 
     Raises:
-        ValueError: the actor is not a chain of linear layers with tanh or ReLU between them.
+        ValueError: the model is not one that `rlsched train` made.
     """
-    actor = model.policy
-    layers = [*actor.mlp_extractor.policy_net, actor.action_net]
-    linear = [m for m in layers if isinstance(m, torch.nn.Linear)]
-    between = {type(m) for m in layers} - {torch.nn.Linear}
-    if len(between) != 1 or not between <= _ACTIVATION_NAMES.keys():
-        raise ValueError(f"model: cannot export an actor with the layers {[type(m).__name__ for m in layers]}")
-    weights = [(m.weight.detach().clone(), m.bias.detach().clone()) for m in linear]  # training may go on
-    domain = getattr(model, DOMAIN, None)  # of its last evaluation
-    return SchedulePolicy(weights, activation=_ACTIVATION_NAMES[between.pop()], domain=domain, info=info)
+    words: Mapping[str, Any] | None = getattr(model, WORDS, None)
+    if words is None:
+        raise ValueError("model: it does not say what it observes and moves, so it is not one that rlsched trained")
+    kind = ACTORS[words["actor"]]
+    actor = kind(len(words["observations"]), len(words["controls"]), words["hidden"], words["activation"])
+    weights = kind.trained({name: tensor.detach().clone() for name, tensor in model.policy.state_dict().items()})
+    try:
+        actor.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"model: its network is not the {kind.name} that it says it is: {error}") from error
+    return SchedulePolicy(
+        actor,
+        words["observations"],
+        words["controls"],
+        domain=getattr(model, DOMAIN, None),  # of its last evaluation
+        base_schedule=words["base_schedule"],
+        info=info,
+    )
 
 
 def load_checkpoint(source: str | Path) -> SchedulePolicy:
@@ -37,14 +63,20 @@ def load_checkpoint(source: str | Path) -> SchedulePolicy:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it is not a Stable-Baselines3 PPO model, or not one of a scheduling policy.
+        ValueError: it is not a Stable-Baselines3 model, or not one of a scheduling policy.
     """
     path = Path(source)
     path = path / CHECKPOINT if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
-    try:
-        model = PPO.load(path, device="cpu", custom_objects={"learning_rate": 0.0, "lr_schedule": None})
-    except Exception as error:  # a damaged pickle raises whatever it likes
-        raise ValueError(f"{path} cannot be read as a Stable-Baselines3 PPO model: {error}") from error
-    return export(model, info={"training": {"decisions_done": model.num_timesteps}})
+    model: PPO | None = None
+    reasons = []
+    for kind in dict.fromkeys(map(learner, ACTORS)):
+        try:
+            model = kind.load(path, device="cpu", custom_objects={"learning_rate": 0.0, "lr_schedule": None})
+            break
+        except Exception as error:  # a damaged pickle raises whatever it likes, and another algorithm's model too
+            reasons.append(str(error))
+    if model is None:
+        raise ValueError(f"{path} cannot be read as a Stable-Baselines3 model: {reasons[0]}")
+    return export(model, info={"training": {"timesteps_done": model.num_timesteps}})

@@ -5,21 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlsched.agents.evaluation import Evaluation
+from rlsched.control import CONTROLS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ROWS = (
-    ("lr", "learning rate", "log"),
-    ("momentum", "momentum", "linear"),
-    ("clip", "clip multiple (none: off)", "log"),
-    ("validation_loss", "validation loss", "log"),
-)
-LIMITS = {"momentum": (0.0, 1.0), "clip": (0.4, 12.0)}
+# What each row of pictures shows, by the info that it is of.
+ROWS = {name: name.replace("_", " ") for name in (*CONTROLS, "validation_loss")}
+LINEAR = {"momentum": (0.0, 1.0)}  # the limits of what is not shown on a logarithmic axis
 
 
 def episode_paths(policy: Evaluation, zero: Evaluation, episodes: int = 4) -> Figure:
-    """Learning rate, momentum, clip multiple and validation loss of the first episodes, beside the zero policy's."""
+    """All controls and the validation loss of the first episodes, beside those of the zero policy."""
     from matplotlib.figure import Figure
 
     episodes = min(episodes, len(policy.returns))
@@ -33,11 +30,13 @@ def episode_paths(policy: Evaluation, zero: Evaluation, episodes: int = 4) -> Fi
         adaptive = policy.paths["adaptive"][column][0] > 0
         axes[0][column].set_title(f"episode {column}, {'adaptive' if adaptive else 'SGD'}")
         axes[-1][column].set_xlabel("inner steps")
-        for row, (key, label, scale) in zip(axes[:, column], ROWS, strict=True):
+        for row, (key, label) in zip(axes[:, column], ROWS.items(), strict=True):
             row.plot(policy.paths["inner_steps"][column], policy.paths[key][column], label="policy")
-            row.plot(zero.paths["inner_steps"][column], zero.paths[key][column], "--", label="fallback")
-            row.set_yscale(scale)
-            row.set_ylim(LIMITS.get(key))
+            row.plot(zero.paths["inner_steps"][column], zero.paths[key][column], "--", label="base schedule")
+            if key in LINEAR:
+                row.set_ylim(LINEAR[key])
+            elif min(policy.paths[key][column].min(), zero.paths[key][column].min()) > 0:
+                row.set_yscale("log")
             row.tick_params(which="both", labelsize=7)
             if column == 0:
                 row.set_ylabel(label)

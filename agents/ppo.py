@@ -16,22 +16,21 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam, Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
+from rlsched.actors import ACTORS
 from rlsched.agents.config import TrainConfig
-from rlsched.agents.evaluation import Evaluation, evaluate
-from rlsched.agents.export import CHECKPOINT, DOMAIN, export
+from rlsched.agents.evaluation import Evaluation, evaluate, words
+from rlsched.agents.export import CHECKPOINT, DOMAIN, WORDS, export, learner, words_of
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv
-from rlsched.policy import SchedulePolicy
-from rlsched.safety import Domain
+from rlsched.policy import Domain, SchedulePolicy
 
 CONFIG, POLICY = "config.json", "policy.safetensors"
-ACTIVATIONS = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}
 LAYOUT = {
     "training": {
         "return": ["Multiline", ["eval/return", "eval/return_of_zero_policy", "rollout/ep_rew_mean"]],
-        "gain over the fallback": ["Multiline", ["eval/gain", "eval/median_gain"]],
+        "gain over the base schedule": ["Multiline", ["eval/gain", "eval/median_gain"]],
     }
 }
 
@@ -41,7 +40,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
 
     The folder gets `config.json`, `checkpoint.zip` (after every update; a Stable-Baselines3 model), TensorBoard event
     files, and at the end `policy.safetensors`. A finished run is loaded, and nothing is trained, unless
-    `config.decisions` is now more than it had: then it is trained further.
+    `config.timesteps` is now more than it had: then it is trained further.
 
     Raises:
         ValueError: `run_dir` holds a run with other hyperparameters, or a checkpoint that cannot be read.
@@ -51,11 +50,12 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
     _claim(run_dir, config)
     if (run_dir / POLICY).exists():
         policy = SchedulePolicy.load(run_dir / POLICY)
-        if policy.info["training"]["decisions_done"] >= config.decisions:
+        if policy.info["training"]["timesteps_done"] >= config.timesteps:
             return policy
 
     with ExitStack() as stack:
-        options = {"reward": config.reward, "compile": config.compile}
+        seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule")}
+        options = {"reward": config.reward, "compile": config.compile, **seen}
         env = VectorEnvAdapter(_vector_env(config, config.num_envs, **options))
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
@@ -71,7 +71,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
             evaluation,
             _ProgressCallback(bar, evaluation),
         ]
-        remaining = max(0, config.decisions - model.num_timesteps)
+        remaining = max(0, config.timesteps - model.num_timesteps)
         model.learn(remaining, callback=callbacks, reset_num_timesteps=False, log_interval=1)
         policy = evaluation.finish()
         checkpoints.save()  # with the domain of the policy
@@ -80,13 +80,13 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
 
 
 def _claim(run_dir: Path, config: TrainConfig) -> None:
-    """Write the configuration, after a check that a run that is there differs at most in having fewer decisions."""
+    """Write the configuration, after a check that a run that is there differs at most in having fewer timesteps."""
     hyperparameters = config.hyperparameters()
     path = run_dir / CONFIG
     if path.exists():
         there = json.loads(path.read_text())
-        if there.get("decisions", 0) < config.decisions:
-            there["decisions"] = config.decisions
+        if there.get("timesteps", 0) < config.timesteps:
+            there["timesteps"] = config.timesteps
         differing = [
             f"{key} (there {there.get(key)!r}, now {hyperparameters.get(key)!r})"
             for key in sorted(there.keys() | hyperparameters.keys())
@@ -111,8 +111,9 @@ def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> Schedulin
 
 
 def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
-    return PPO(
-        "MlpPolicy",
+    kind = ACTORS[config.actor]
+    model = learner(config.actor)(
+        kind.policy,
         env,
         learning_rate=_learning_rate(config),
         n_steps=config.n_steps,
@@ -122,19 +123,18 @@ def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
         gae_lambda=config.gae_lambda,
         ent_coef=0.0,
         target_kl=config.target_kl,
-        policy_kwargs={
-            "net_arch": {"pi": list(config.hidden), "vf": list(config.hidden)},
-            "activation_fn": ACTIVATIONS[config.activation],
-            "log_std_init": config.log_std_init,
-        },
+        policy_kwargs={**kind.policy_options(config.hidden, config.activation), "log_std_init": config.log_std_init},
         seed=config.seed,
         device="cpu",
     )
+    setattr(model, WORDS, words_of(config))
+    return model
 
 
 def _resume(checkpoint: Path, env: VectorEnvAdapter, config: TrainConfig) -> PPO:
     try:
-        model = PPO.load(checkpoint, env=env, device="cpu", custom_objects={"learning_rate": _learning_rate(config)})
+        options: dict[str, Any] = {"device": "cpu", "custom_objects": {"learning_rate": _learning_rate(config)}}
+        model = learner(config.actor).load(checkpoint, env=env, **options)
     except Exception as error:  # a damaged pickle raises whatever it likes
         raise ValueError(f"run_dir: {checkpoint} cannot be read: {error}. Delete it to start over") from error
     # New episodes, not those that the interrupted run began with.
@@ -150,7 +150,7 @@ def _learning_rate(config: TrainConfig) -> Any:
 
 
 def _tensorboard(run_dir: Path) -> Logger:
-    """A logger to event files in `run_dir`, with the policy and the fallback in one chart (Custom Scalars)."""
+    """A logger to event files in `run_dir`, with the policy and the base schedule in one chart (Custom Scalars)."""
     output = TensorBoardOutputFormat(str(run_dir))
     output.writer.add_custom_scalars(LAYOUT)
     return Logger(str(run_dir), [output])
@@ -159,9 +159,9 @@ def _tensorboard(run_dir: Path) -> Logger:
 def _progress_bar(config: TrainConfig, done: int) -> Any:
     rollout = config.num_envs * config.n_steps
     return tqdm(
-        total=rollout * math.ceil(config.decisions / rollout),
+        total=rollout * math.ceil(config.timesteps / rollout),
         initial=done,
-        unit=" decisions",
+        unit=" timesteps",
         unit_scale=True,
         desc="training",
         file=sys.stderr,
@@ -192,7 +192,7 @@ class _CheckpointCallback(BaseCallback):
 
 
 class _EvaluationCallback(BaseCallback):
-    """Plays the same episodes every few updates and logs them beside the fallback schedule's."""
+    """Plays the same episodes every few updates and logs them beside the base schedule's."""
 
     model: PPO
 
@@ -209,26 +209,37 @@ class _EvaluationCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         if self.updates % self.config.eval_every == 0:
-            self.play(export(self.model))
+            self.explore()
+            self.record()
             self.logger.dump(self.model.num_timesteps)
         self.updates += 1
 
-    def play(self, policy: SchedulePolicy) -> None:
+    def explore(self) -> None:
+        """Play the model's policy as it is trained, and find its domain, which must have no say in where that lies."""
+        setattr(self.model, DOMAIN, None)
+        latest = self.play(export(self.model))
+        setattr(self.model, DOMAIN, Domain.of(torch.from_numpy(latest.observations)))
+
+    def play(self, policy: SchedulePolicy) -> Evaluation:
         config = self.config
         self.bar.set_description("evaluating")
         if self.env is None:
-            with closing(_vector_env(config, config.eval_episodes, safe_start=False)) as env:
-                self.zero = evaluate(SchedulePolicy.zero(), seed=config.eval_seed, env=env)
-            self.env = _vector_env(config, config.eval_episodes, safe_start=policy.safe_start)
+            zero = SchedulePolicy.zero(config.base_schedule)
+            with closing(_vector_env(config, config.eval_episodes, **words(zero))) as env:
+                self.zero = evaluate(zero, seed=config.eval_seed, env=env)
+            self.env = _vector_env(config, config.eval_episodes, **words(policy))
         self.latest = evaluate(policy, seed=config.eval_seed, env=self.env)
-        setattr(self.model, DOMAIN, Domain.of(torch.from_numpy(self.latest.observations)))
-        assert self.zero is not None
+        self.bar.set_description("training")
+        return self.latest
+
+    def record(self) -> None:
+        """Log the latest evaluation."""
+        assert self.latest is not None and self.zero is not None
         for name, value in self.scores().items():
             self.logger.record(f"eval/{name}", value)
         self.logger.record(
             "eval/episodes", Figure(episode_paths(self.latest, self.zero), close=True), exclude=("stdout", "log")
         )
-        self.bar.set_description("training")
 
     def close(self) -> None:
         if self.env is not None:
@@ -246,9 +257,11 @@ class _EvaluationCallback(BaseCallback):
         }
 
     def finish(self) -> SchedulePolicy:
-        """Evaluate the final policy, log it with the hyperparameters, and give it its scores."""
-        self.play(export(self.model))
+        """Evaluate the final policy with its domain, log it with the hyperparameters, and give it its scores."""
+        self.explore()
         policy = export(self.model)
+        self.play(policy)
+        self.record()
         scores = {name: round(value, 4) for name, value in self.scores().items()}
         hyperparameters = self.config.hyperparameters()
         flat = {key: str(v) if isinstance(v, list) else v for key, v in hyperparameters.items()}
@@ -257,7 +270,7 @@ class _EvaluationCallback(BaseCallback):
         )
         done = self.model.num_timesteps
         self.logger.dump(done)
-        policy.info = {"training": {**hyperparameters, "decisions_done": done}, "evaluation": scores}
+        policy.info = {"training": {**hyperparameters, "timesteps_done": done}, "evaluation": scores}
         return policy
 
 
@@ -277,5 +290,5 @@ class _ProgressCallback(BaseCallback):
         shown = {"return": f"{np.mean(finished):.2f}"} if finished else {}
         if self.evaluation.latest is not None and self.evaluation.zero is not None:
             shown["evaluated"] = f"{self.evaluation.latest.mean_return:.2f}"
-            shown["fallback"] = f"{self.evaluation.zero.mean_return:.2f}"
+            shown["base schedule"] = f"{self.evaluation.zero.mean_return:.2f}"
         self.bar.set_postfix(shown)

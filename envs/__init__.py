@@ -4,7 +4,7 @@ import gymnasium
 
 from rlsched.envs.mixtures import FAMILIES, MIXTURES
 from rlsched.envs.scheduling import SchedulingEnv, SchedulingVectorEnv
-from rlsched.envs.sources import Stored, bundled
+from rlsched.envs.stored import Stored, bundled
 from rlsched.envs.tasks import InnerTask, SetupDistribution
 
 ID = "rlsched/Scheduling-v0"

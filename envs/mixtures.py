@@ -10,18 +10,17 @@ from typing import Any
 from torch.nn.functional import mse_loss
 
 from rlsched.envs.networks import MLP, ConvNet, NoisyQuadratic, Recurrent, Transformer, TwoHeads
+from rlsched.envs.sequences import Copying, Markov
 from rlsched.envs.sources import (
-    Copying,
     Images,
-    Markov,
     Noise,
     Prototypes,
     Reconstruction,
     TeacherMultitask,
     TeacherRegression,
     TeacherStudent,
-    bundled,
 )
+from rlsched.envs.stored import bundled
 from rlsched.envs.tasks import InnerTask, SetupDistribution, multitask_loss, next_token_loss, quadratic_loss
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import indent
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -17,22 +17,19 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlsched import control, signals
-from rlsched.control import CONTROLS
+from rlsched import schedule, signals
+from rlsched.base_schedule import BaseSchedule, base_schedule
+from rlsched.control import CONTROL_NAMES, CONTROLS, base_values, control_table
 from rlsched.envs.mixtures import mixture
 from rlsched.envs.tasks import InnerTask
-from rlsched.envs.training import InnerTraining, Settings, sum_to_average
+from rlsched.envs.training import InnerTraining
 from rlsched.moments import Moments
-from rlsched.signals import OBSERVATIONS
-from rlsched.spec import control_table, observation_table
+from rlsched.policy import checked_names
+from rlsched.schedule import ScheduleState
+from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS, observation_table
 
 REWARDS = ("validation", "best", "training")
 WORST_RISE = 2.0  # e-folds: the most that an episode's return can fall below zero
-
-OBSERVATION_SPACE = Box(
-    np.array([o.low for o in OBSERVATIONS], np.float32), np.array([o.high for o in OBSERVATIONS], np.float32)
-)
-ACTION_SPACE = Box(-1.0, 1.0, (len(CONTROLS),), np.float32)
 
 Array = NDArray[Any]
 
@@ -44,7 +41,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
     {observations}
 
     ## Action space
-    `Box(-1, 1, ({controls_count},))`. The zero action leaves the schedule on its course.
+    `Box(-1, 1, ({controls_count},))`. The zero action leaves the schedule on its course: the base schedule.
 
     {controls}
 
@@ -56,26 +53,31 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
 
     ## Episode
     Starts with one inner step far below the base learning rate, whose measurements are the first observation (see
-    `rlsched.control.safe_start`). Each step of the environment is a window of inner training. The episode ends:
+    `rlsched.schedule.probe`). Each step of the environment is a window of inner training. The episode ends:
     1. Termination: the run has had all its inner steps. (Not a truncation: nothing is to be gained after it.)
     2. Termination: the training or validation loss or a weight is not finite. The return is then −2.
     3. Termination: the task's `patience` is at its end: so many validations have brought no new best loss.
 
     ## Info
-    `lr`, `momentum` (of torch's optimizer), `clip` (multiple of the average gradient norm), `train_loss` (mean of the
-    window, without the loss scale), `validation_loss` (the last measured), `best_validation_loss` and
-    `best_inner_steps`, where it was measured, `since_best` (validations since then), `inner_steps`, `total_steps`,
-    `adaptive`, `diverged` (1 where the episode ended in the second way): arrays of shape (num_envs,). Where an episode
-    ended, `final_obs` and `final_info` hold its last observation and info, and the observation is already the first of
-    the next episode (`AutoresetMode.SAME_STEP`).
+    Of each control by its name what it came to, in the terms of torch's optimizer: `lr` at the start of the window,
+    `momentum`, `clip` (multiple of the average gradient norm); `train_loss` (mean of the window, without the loss
+    scale), `validation_loss` (the last measured), `best_validation_loss` and `best_inner_steps`, where it was measured,
+    `since_best` (validations since then), `inner_steps`, `total_steps`, `adaptive`, `diverged` (1 where the episode
+    ended in the second way): arrays of shape (num_envs,). Where an episode ended, `final_obs` and `final_info` hold its
+    last observation and info, and the observation is already the first of the next episode
+    (`AutoresetMode.SAME_STEP`).
 
     Args:
         num_envs: number of inner training runs.
         tasks: the inner tasks; or a mixture of them, by its name in `rlsched.envs.MIXTURES`, or by the module and name
             of one's own, "module:NAME". Run i has the task i modulo their number.
         reward: "validation", "best" or "training", see above.
-        safe_start: whether the learning rate is checked by a first, small step. Without it, the zero policy
-            is the fallback schedule exactly.
+        observations: names of what is observed, of `rlsched.signals.OBSERVATIONS`, in that order; by default all.
+        controls: names of what an action moves, of `rlsched.control.CONTROLS`, in that order; by default all. The
+            others stand still.
+        base_schedule: what the policy modulates, a name in `rlsched.base_schedule.BASE_SCHEDULES`.
+        safe_start: whether the learning rate is checked by a first, small step. Without it, the zero action
+            gives the base schedule exactly.
         compile: compile the inner steps with `torch.compile`, which needs a C compiler.
         device: where the networks are trained; what comes and goes are NumPy arrays all the same.
         autoreset: whether an ended run is followed by a new episode in the same step. Without it, a run that ended
@@ -93,6 +95,9 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         tasks: str | InnerTask | Sequence[InnerTask] = "mlp",
         *,
         reward: str = "validation",
+        observations: Sequence[str] = OBSERVATION_NAMES,
+        controls: Sequence[str] = CONTROL_NAMES,
+        base_schedule: str | BaseSchedule = "linear",
         safe_start: bool = True,
         compile: bool = False,
         device: str | torch.device = "cpu",
@@ -103,9 +108,14 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         if reward not in REWARDS:
             raise ValueError(f"reward must be one of {REWARDS}, got {reward!r}")
         self.num_envs = num_envs
-        self.single_observation_space, self.single_action_space = OBSERVATION_SPACE, ACTION_SPACE
-        self.observation_space = batch_space(OBSERVATION_SPACE, num_envs)
-        self.action_space = batch_space(ACTION_SPACE, num_envs)
+        words = _Words(
+            some_names("observations", observations, OBSERVATIONS),
+            some_names("controls", controls, CONTROLS),
+            _base_schedule(base_schedule),
+        )
+        self.single_observation_space, self.single_action_space = words.observation_space(), words.action_space()
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
         self._safe_start, self._autoreset = safe_start, autoreset
         if not autoreset:
             self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}
@@ -114,7 +124,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         self._groups = []
         for i, task in enumerate(family[:num_envs]):
             training = InnerTraining(task, len(range(i, num_envs, len(family))), compile=compile, device=device)
-            self._groups.append(_Group(training, i, len(family), reward))
+            self._groups.append(_Group(training, i, len(family), reward, words))
         self._rngs: list[Generator] = [np.random.default_rng() for _ in range(num_envs)]
 
     def reset(
@@ -128,7 +138,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         return self._gather("observation"), self._infos()
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        actions = checked_actions(actions, self.num_envs)
+        actions = checked_actions(actions, self.action_space.shape)
         if all(bool(group.done.all()) for group in self._groups):
             raise ResetNeeded("step() was called without a running episode: call reset() first")
         for group in self._groups:
@@ -167,8 +177,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
 
 
 SchedulingVectorEnv.__doc__ = (SchedulingVectorEnv.__doc__ or "").format(
-    observations=indent(observation_table(OBSERVATIONS), "    ").lstrip(),
-    controls=indent(control_table(CONTROLS), "    ").lstrip(),
+    observations=indent(observation_table(OBSERVATIONS.values()), "    ").lstrip(),
+    controls=indent(control_table(CONTROLS.values()), "    ").lstrip(),
     controls_count=len(CONTROLS),
 )
 
@@ -185,7 +195,8 @@ class SchedulingEnv(gymnasium.Env[Array, Array]):
         self._tasks, self._options = mixture(tasks), options
         self._batches: dict[int, SchedulingVectorEnv] = {}  # by the number of the task, as they are met
         self._batch = self._batch_of(0)
-        self.observation_space, self.action_space = OBSERVATION_SPACE, ACTION_SPACE
+        self.observation_space = self._batch.single_observation_space
+        self.action_space = self._batch.single_action_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         super().reset(seed=seed)
@@ -203,80 +214,94 @@ class SchedulingEnv(gymnasium.Env[Array, Array]):
         return observations[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), _single(infos)
 
 
+class _Words(NamedTuple):
+    """What is seen and moved, and what is modulated."""
+
+    observations: tuple[str, ...]
+    controls: tuple[str, ...]
+    base_schedule: BaseSchedule
+
+    def observation_space(self) -> Box:
+        entries = [OBSERVATIONS[name] for name in self.observations]
+        return Box(np.array([o.low for o in entries], np.float32), np.array([o.high for o in entries], np.float32))
+
+    def action_space(self) -> Box:
+        return Box(-1.0, 1.0, (len(self.controls),), np.float32)
+
+
 class _Group:
     """The runs that share an inner task: environments `first`, `first + stride`, and so on."""
 
-    def __init__(self, training: InnerTraining, first: int, stride: int, reward: str) -> None:
+    def __init__(self, training: InnerTraining, first: int, stride: int, reward: str, words: _Words) -> None:
         self.training = training
         self.index = slice(first, None, stride)
         self._rewarded = reward
+        self._words = words
         n, device = training.size, training.device
 
         def zeros() -> Tensor:
             return torch.zeros(n, device=device)
 
-        self.observation = torch.zeros(n, len(OBSERVATIONS), device=device)
+        self.observation = torch.zeros(n, len(words.observations), device=device)
         self.reward = zeros()
         self.done = torch.ones(n, dtype=torch.bool, device=device)
         self.finite = self.done.clone()  # whether the losses and weights are
-        self.base = control.initial_state(zeros())  # control state that means the fallback schedule
-        self.state = self.base.clone()
-        self.history = signals.start((n,), device)
+        self.run = training.run(slice(None))
+        self.base = _base(training, slice(None))
+        self.state = schedule.begin(self.run, self.base, probing=False)
+        self.held = schedule.hyperparameters(self.run, self.state, self.base)  # since the last decision
         self.first_loss = zeros()  # of the kind that is rewarded
         self.validation_loss = zeros()
         self.train_loss = zeros()
         self.best_loss, self.best_steps, self.since_best = zeros(), zeros(), zeros()
         self.windows = zeros()  # done in the episode
         self.drop = zeros()  # sum of the episode's rewards
-        self.lr_factor = zeros()  # of the fallback schedule, when the last window began
 
     def begin(self, slots: list[int], rngs: list[Generator], safe_start: bool) -> None:
         """Start new episodes: draw them, take the first inner step, observe it."""
-        training = self.training
+        training, words = self.training, self._words
         own = rngs[self.index]
         training.begin(slots, [own[slot] for slot in slots])
-        settings = training.settings.rows(slots)
-        base = control.initial_state(settings.momentum)
+        self.run, self.base = training.run(slice(None)), _base(training, slice(None))
+        run, base = training.run(slots), _base(training, slots)
+        state = schedule.begin(run, base, probing=safe_start)
         validation_loss = training.validation_loss(slots)
-        moments = training.first_step(slots, base, control.PROBE if safe_start else 1.0)
-        train_loss = moments.loss[:, -1] / settings.loss_scale
-        seen = _as_reported(moments, settings)
-        state = base
+        values = schedule.values(run, state, base, words.base_schedule, state.step.unsqueeze(0))
+        moments = training.first_step(slots, values, state.step)
+        state = state._replace(step=state.step + 1)
+        train_loss = moments.loss[:, -1] / training.settings.loss_scale[slots]
+        seen = self._as_reported(moments, slots)
         if safe_start:
-            growth = sum_to_average(settings)
-            offset = control.safe_offset(seen.predicted_decrease[:, -1], seen.update_ratio[:, -1], growth)
-            state = control.safe_start(base, offset)
-        run, steps = training.run(slots), training.networks.steps[slots]
-        fresh = signals.start((len(slots),), training.device)
-        observation, history = signals.observe(seen, run, fresh, steps, state)
+            state = schedule.start(state, schedule.probe(run, state, seen))
+        observation, state = schedule.observe(run, state, signals.summarise(seen), words.observations)
+        held = schedule.values(run, state, base, words.base_schedule, 0 * state.step)
 
-        self.observation[slots], self.base[slots], self.state[slots] = observation, base, state
-        for tensor, value in zip(self.history, history, strict=True):
-            tensor[slots] = value
-        self.validation_loss[slots] = self.best_loss[slots] = validation_loss
-        self.train_loss[slots] = train_loss
+        self.observation[slots] = observation
+        self.state, self.held = _with_rows(self.state, slots, state), _with_rows(self.held, slots, held)
+        self.train_loss = _with_rows(self.train_loss, slots, train_loss)
+        self.validation_loss = _with_rows(self.validation_loss, slots, validation_loss)
+        self.best_loss = _with_rows(self.best_loss, slots, validation_loss)
         self.first_loss[slots] = train_loss if self._rewarded == "training" else validation_loss
         for counted in (self.best_steps, self.since_best, self.windows, self.drop, self.reward):
             counted[slots] = 0.0
-        self.done[slots], self.finite[slots], self.lr_factor[slots] = False, True, 1.0
+        self.done[slots], self.finite[slots] = False, True
 
     def step(self, actions: Tensor) -> None:
         """One decision and the window of inner training that follows it."""
-        training = self.training
-        settings, run = training.settings, training.run(slice(None))
-        # A network without momentum has none to control.
-        actions = actions.to(training.device)
-        actions[:, control.MOMENTUM] *= settings.momentum > 0
-        steps = training.networks.steps.clone()
-        self.lr_factor = control.fallback_schedule(steps, run.total_steps)
-        self.state = control.move(self.state, actions, steps / run.total_steps, self.base)
-        moments = training.window(self.state)
-        steps = training.networks.steps
-        seen = _as_reported(moments, settings)
-        self.observation, self.history = signals.observe(seen, run, self.history, steps, self.state)
-        self.train_loss = moments.loss.mean(-1) / settings.loss_scale
+        training, run, base, words = self.training, self.run, self.base, self._words
+        moves = zip(words.controls, actions.to(training.device).unbind(-1), strict=True)
+        state = schedule.move(run, self.state, {n: a * CONTROLS[n].can_move(base[n]) for n, a in moves})
+        state = schedule.open_window(run, state, run.interval)
+        steps = torch.arange(training.task.interval, device=training.device).unsqueeze(-1)
+        values = schedule.values(run, state, base, words.base_schedule, state.step + steps)
+        moments = training.window(values, state.step)
+        self.held = {**values, "lr": values["lr"][0]}
+        state = state._replace(step=state.step + training.task.interval)
+        window = signals.summarise(self._as_reported(moments, slice(None)))
+        self.observation, self.state = schedule.observe(run, state, window, words.observations)
+        self.train_loss = moments.loss.mean(-1) / training.settings.loss_scale
         self.windows += 1
-        ended = steps >= run.total_steps
+        ended = self.state.step >= run.total_steps
         self._validate(ended)
 
         finite = self.validation_loss.isfinite() & training.networks.params.isfinite().all(-1)
@@ -302,44 +327,68 @@ class _Group:
         better = due & (self.validation_loss < self.best_loss)
         self.since_best = torch.where(better, 0.0, self.since_best + due)
         self.best_loss = torch.where(better, self.validation_loss, self.best_loss)
-        self.best_steps = torch.where(better, training.networks.steps, self.best_steps)
+        self.best_steps = torch.where(better, self.state.step, self.best_steps)
 
     def info(self) -> dict[str, Tensor]:
-        settings = self.training.settings
-        lr = settings.lr * self.lr_factor * self.state[:, control.LR].exp()
-        momentum = control.momentum_of(self.state[:, control.MOMENTUM])
         return {
-            "lr": torch.where(settings.sums > 0, lr * (1 - momentum) / (1 - settings.momentum), lr),
-            "momentum": momentum,
-            "clip": control.clip_multiple(self.state[:, control.CLIP]),
+            **{name: self.held[name] for name in CONTROLS},
             "train_loss": self.train_loss,
             "validation_loss": self.validation_loss,
             "best_validation_loss": self.best_loss,
             "best_inner_steps": self.best_steps,
             "since_best": self.since_best,
-            "inner_steps": self.training.networks.steps,
-            "total_steps": settings.total_steps,
-            "adaptive": settings.adaptive,
+            "inner_steps": self.state.step,
+            "total_steps": self.run.total_steps,
+            "adaptive": self.run.adaptive,
             "diverged": ~self.finite,
         }
 
-
-def _as_reported(moments: Moments, settings: Settings) -> Moments:
-    """What the policy gets to see, where it is not told the loss."""
-    hidden = settings.loss_reported[:, None] == 0
-    return moments._replace(
-        loss=torch.where(hidden, torch.nan, moments.loss),
-        predicted_decrease=torch.where(hidden, torch.nan, moments.predicted_decrease),
-    )
+    def _as_reported(self, moments: Moments, slots: slice | list[int]) -> Moments:
+        """What the policy gets to see, where it is not told the loss."""
+        told = self.training.settings.loss_reported[slots].unsqueeze(-1) > 0
+        return moments._replace(loss=torch.where(told, moments.loss, torch.nan))
 
 
-def checked_actions(actions: Array, num_envs: int) -> Array:
+def _base(training: InnerTraining, slots: slice | list[int]) -> dict[str, Any]:
+    """The hyperparameters that the episodes in `slots` have without a policy, those of no control included."""
+    group = training.group(slots)
+    return {**group, **base_values(group)}
+
+
+_base_schedule = base_schedule  # which is the name of an argument too
+
+
+def _with_rows(value: Any, slots: list[int], rows: Any) -> Any:
+    """A tensor, or a dictionary or named tuple of them, with other rows at `slots`; what was there stays as it is."""
+    if isinstance(value, ScheduleState):
+        return ScheduleState(*(_with_rows(v, slots, r) for v, r in zip(value, rows, strict=True)))
+    if isinstance(value, dict):
+        return {name: _with_rows(v, slots, rows[name]) for name, v in value.items()}
+    if value is None:
+        return None
+    value = value.clone()
+    value[slots] = rows
+    return value
+
+
+def some_names(argument: str, names: Sequence[str], known: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        ValueError: as `rlsched.policy.checked_names` does, or because there are none: nothing is learned from that.
+    """
+    if not names:
+        raise ValueError(f"{argument} must be at least one of {tuple(known)}, got {names!r}")
+    return checked_names(argument, names, known)
+
+
+def checked_actions(actions: Array, shape: tuple[int, ...] | None) -> Array:
     """A copy of the actions as float32.
 
     Raises:
-        ValueError: they have another shape than (num_envs, controls), or are not finite.
+        ValueError: they have another shape than `shape`, (num_envs, controls), or are not finite.
     """
-    actions, shape = np.array(actions, np.float32), (num_envs, len(CONTROLS))
+    actions = np.array(actions, np.float32)
     if actions.shape != shape:
         raise ValueError(f"actions must have the shape {shape}, got {actions.shape}")
     if not np.isfinite(actions).all():

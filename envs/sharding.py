@@ -1,32 +1,145 @@
-"""A scheduling vector environment spread over processes, one per core."""
+"""A scheduling vector environment in shards: the same episodes, trained in several places, one per core."""
 
 from __future__ import annotations
 
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from gymnasium import Space
+from gymnasium.error import ClosedEnvironmentError
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from rlsched.envs.mixtures import mixture
-from rlsched.envs.scheduling import (
-    ACTION_SPACE,
-    OBSERVATION_SPACE,
-    Array,
-    SchedulingVectorEnv,
-    checked_actions,
-    seeds_of,
-)
+from rlsched.envs.scheduling import Array, SchedulingVectorEnv, checked_actions, seeds_of
 from rlsched.envs.tasks import InnerTask
+
+Make = Callable[[], VectorEnv[Array, Array, Array]]  # makes the environment of a shard, where the shard is to live
+
+
+class Opened(NamedTuple):
+    """A shard's first answer: what its environment is."""
+
+    observation_space: Space[Array]  # of a single run, as the next
+    action_space: Space[Array]
+    metadata: dict[str, Any]
+
+
+class Shard:
+    """The far end of a transport: the environment of one shard, which answers requests."""
+
+    def __init__(self, make: Make) -> None:
+        self._make = make
+
+    def answer(self, method: str, argument: Any) -> Any:
+        """To "open" (first, and once), "reset" with seeds or "step" with actions. An exception is an answer as well."""
+        try:
+            if method == "open":
+                self._env = self._make()
+                return Opened(self._env.single_observation_space, self._env.single_action_space, self._env.metadata)
+            return self._env.reset(seed=argument) if method == "reset" else self._env.step(argument)
+        except Exception as error:
+            return error
+
+
+class Transport(Protocol):
+    """Carries requests to the shards, wherever they live, and brings their answers. It is made from one `Make` each."""
+
+    def ask(self, requests: list[tuple[str, Any]]) -> list[Any]:
+        """One answer for each shard's request (a method and its argument, see `Shard.answer`), all of them awaited.
+
+        Where the shard failed, or is no more, its answer is the exception.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Inline:
+    """All shards in this process, one after the other: no faster than one environment, but a debugger sees inside."""
+
+    def __init__(self, makes: Sequence[Make]) -> None:
+        self._shards = [Shard(make) for make in makes]
+
+    def ask(self, requests: list[tuple[str, Any]]) -> list[Any]:
+        return [shard.answer(*request) for shard, request in zip(self._shards, requests, strict=True)]
+
+    def close(self) -> None:
+        self._shards.clear()
+
+
+class Processes:
+    """Each shard in a spawned process of its own, with one thread, which lives as long as the pipe to it."""
+
+    def __init__(self, makes: Sequence[Make]) -> None:
+        self._pipes: list[Connection] = []
+        self._workers: list[BaseProcess] = []
+        context = multiprocessing.get_context("spawn")
+        try:
+            for number, make in enumerate(makes):
+                pipe, far = context.Pipe()
+                self._pipes.append(pipe)
+                worker = context.Process(target=_work, args=(far, make), daemon=True, name=f"rlsched-shard-{number}")
+                worker.start()
+                self._workers.append(worker)
+                far.close()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, (AttributeError, TypeError, pickle.PicklingError)):
+                raise ValueError(
+                    "tasks: an inner task (or an option) cannot be sent to a worker process, for which its network and "
+                    f"loss must be importable, not lambdas; or use one process. The reason: {error}"
+                ) from error
+            raise
+
+    def ask(self, requests: list[tuple[str, Any]]) -> list[Any]:
+        for pipe, request in zip(self._pipes, requests, strict=True):
+            with suppress(ConnectionError):  # the worker is dead, and its answer will say so
+                pipe.send(request)
+        return [_answer(pipe, worker) for pipe, worker in zip(self._pipes, self._workers, strict=True)]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()  # the worker sees the end of the pipe and leaves
+        for worker in self._workers:
+            worker.join()
+
+
+def _answer(pipe: Connection, worker: BaseProcess) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        worker.join()
+        return RuntimeError(f"the worker process {worker.name} died (exit code {worker.exitcode})")
+
+
+def _work(pipe: Connection, make: Make) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted parent closes the pipe
+    torch.set_num_threads(1)
+    shard = Shard(make)
+    with suppress(EOFError, ConnectionError):  # the parent closed the pipe
+        while True:
+            answer = shard.answer(*pipe.recv())
+            pipe.send(_portable(answer) if isinstance(answer, Exception) else answer)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or where pickling loses it (as with some of torch's compiler), one that tells the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
@@ -36,137 +149,101 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
 
     Args:
         num_envs, tasks, options: those of `SchedulingVectorEnv`.
-        processes: worker processes, each with a near-equal share of the runs and one thread.
+        processes: shards, each with a near-equal part of the runs.
+        transport: where the shards live: `Processes`, each in a worker process with one thread; `Inline`, in this
+            process, for debugging; or anything that makes a `Transport`.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
-        self, num_envs: int, tasks: str | InnerTask | Sequence[InnerTask] = "mlp", *, processes: int = 2, **options: Any
+        self,
+        num_envs: int,
+        tasks: str | InnerTask | Sequence[InnerTask] = "mlp",
+        *,
+        processes: int = 2,
+        transport: Callable[[Sequence[Make]], Transport] = Processes,
+        **options: Any,
     ) -> None:
-        self._pipes: list[Connection] = []
-        self._workers: list[BaseProcess] = []
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if not 1 <= processes <= num_envs:
             raise ValueError(f"processes must be between 1 and num_envs ({num_envs}), got {processes}")
+        if not callable(transport):
+            raise ValueError(f"transport must be Processes, Inline or what else makes a Transport, got {transport!r}")
         family = mixture(tasks)
-        self.num_envs = num_envs
-        self.single_observation_space, self.single_action_space = OBSERVATION_SPACE, ACTION_SPACE
-        self.observation_space = batch_space(OBSERVATION_SPACE, num_envs)
-        self.action_space = batch_space(ACTION_SPACE, num_envs)
-        bounds = np.linspace(0, num_envs, processes + 1).round().astype(int)
+        bounds = np.linspace(0, num_envs, processes + 1).round().astype(int).tolist()
         self._shards = [slice(a, b) for a, b in pairwise(bounds)]
-        context = multiprocessing.get_context("spawn")
-        for shard in self._shards:
+        self._sizes = [b - a for a, b in pairwise(bounds)]
+        makes = []
+        for shard, size in zip(self._shards, self._sizes, strict=True):
             first = shard.start % len(family)  # run i keeps the task i modulo their number
-            rotated = family[first:] + family[:first]
-            pipe, far = context.Pipe()
-            worker = context.Process(
-                target=_work, args=(far, shard.stop - shard.start, rotated, options), daemon=True, name="rlsched-shard"
-            )
-            try:
-                worker.start()
-            except (AttributeError, TypeError, pickle.PicklingError) as error:
-                self.close()
-                raise ValueError(
-                    "tasks: an inner task cannot be sent to a worker process, for which its network and loss must be "
-                    f"importable, not lambdas; or use one process. The reason: {error}"
-                ) from error
-            far.close()
-            self._pipes.append(pipe)
-            self._workers.append(worker)
+            makes.append(partial(SchedulingVectorEnv, size, family[first:] + family[:first], **options))
+        self._transport = transport(makes)
         try:
-            self._answers()  # each worker's environment stands
+            opened = self._ask("open", [None] * processes)[0]
         except BaseException:
             self.close()
             raise
+        self.num_envs = num_envs
+        self.single_observation_space, self.single_action_space, self.metadata = opened
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        seeds = seeds_of(seed, self.num_envs)
-        answers = self._ask("reset", [seeds[shard] for shard in self._shards])
-        observations, infos = zip(*answers, strict=True)
-        return np.concatenate(observations), _join(infos)
+        observations, infos = join(self._ask("reset", split(seeds_of(seed, self.num_envs), self._shards)), self._sizes)
+        return observations, infos
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
-        actions = checked_actions(actions, self.num_envs)
-        answers = self._ask("step", [actions[shard] for shard in self._shards])
-        observations, rewards, terminated, truncated, infos = (list(part) for part in zip(*answers, strict=True))
-        sizes = [shard.stop - shard.start for shard in self._shards]
-        return (
-            np.concatenate(observations),
-            np.concatenate(rewards),
-            np.concatenate(terminated),
-            np.concatenate(truncated),
-            _join(_complete(infos, sizes)),
+        actions = checked_actions(actions, self.action_space.shape)
+        observations, rewards, terminated, truncated, infos = join(
+            self._ask("step", split(actions, self._shards)), self._sizes
         )
+        return observations, rewards, terminated, truncated, infos
 
     def _ask(self, method: str, arguments: list[Any]) -> list[Any]:
-        for pipe, argument in zip(self._pipes, arguments, strict=True):
-            with suppress(ConnectionError):  # the worker is dead: there will be no answer
-                pipe.send((method, argument))
-        return self._answers()
-
-    def _answers(self) -> list[Any]:
-        answers = []
-        for pipe, worker in zip(self._pipes, self._workers, strict=True):
-            try:
-                answers.append(pipe.recv())
-            except (EOFError, ConnectionError):
-                worker.join()
-                raise RuntimeError(f"a worker process of the environment died (exit code {worker.exitcode})") from None
-        for answer in answers:  # all of them are in: the next question gets its own answers
+        if self.closed:
+            raise ClosedEnvironmentError(f"{method}() was called after close(), or after an interrupt: make a new one")
+        try:
+            answers = self._transport.ask([(method, argument) for argument in arguments])
+        except BaseException:  # an interrupt: answers may be under way, which the next question would take for its own
+            self.close()
+            raise
+        for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
         return answers
 
     def close_extras(self, **kwargs: Any) -> None:
-        for pipe in self._pipes:
-            pipe.close()  # the worker sees the end of the pipe and leaves
-        for worker in self._workers:
-            worker.join()
+        self._transport.close()
 
 
-def _work(pipe: Connection, num_envs: int, tasks: Sequence[InnerTask], options: dict[str, Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted parent closes the pipe
-    torch.set_num_threads(1)
-    with suppress(EOFError, ConnectionError):  # the parent closed the pipe
-        try:
-            env = SchedulingVectorEnv(num_envs, tasks, **options)
-        except Exception as error:
-            return pipe.send(error)
-        pipe.send(None)
-        while True:
-            method, argument = pipe.recv()
-            try:
-                answer: Any = env.reset(seed=argument) if method == "reset" else env.step(argument)
-            except Exception as error:
-                answer = error
-            pipe.send(answer)
+def split(values: Any, shards: Sequence[slice]) -> list[Any]:
+    """Each shard's part of what goes to the runs: actions or seeds."""
+    return [values[shard] for shard in shards]
 
 
-def _complete(infos: list[dict[str, Any]], sizes: list[int]) -> list[dict[str, Any]]:
-    """Give the shards in which no episode ended empty `final_obs` and `final_info`, where another has some."""
-    ended = next((info for info in infos if "final_info" in info), None)
-    if ended is None:
-        return infos
-    complete = []
-    for info, size in zip(infos, sizes, strict=True):
-        if "final_info" not in info:
-            no = np.zeros(size, bool)
-            empty = {
-                key: np.zeros(size, value.dtype) if isinstance(value, np.ndarray) else value
-                for key, value in ended["final_info"].items()
-            }
-            nothing = np.full(size, None, dtype=object)
-            info = {**info, "final_obs": nothing, "_final_obs": no, "final_info": empty, "_final_info": no}
-        complete.append(info)
-    return complete
+def join(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """What one environment would have returned, from what the shards did: arrays in tuples and dicts, however nested.
 
-
-def _join(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    joined: dict[str, Any] = {}
-    for key, value in infos[0].items():
-        parts = [info[key] for info in infos]
-        joined[key] = _join(parts) if isinstance(value, dict) else np.concatenate(parts)
+    An entry that only some shards have, as `final_info` where an episode ended, is blank for the runs of the others.
+    """
+    first = parts[0]
+    if isinstance(first, tuple):
+        return tuple(join(entry, sizes) for entry in zip(*parts, strict=True))
+    if not isinstance(first, dict):
+        return np.concatenate(parts)
+    joined = {}
+    for key, like in {key: value for part in parts for key, value in part.items()}.items():
+        entry = [part[key] if key in part else _blank(like, size) for part, size in zip(parts, sizes, strict=True)]
+        joined[key] = join(entry, sizes)
     return joined
+
+
+def _blank(like: Any, size: int) -> Any:
+    """As Gymnasium has it: zeros, False in a mask, None among objects."""
+    if isinstance(like, dict):
+        return {key: _blank(value, size) for key, value in like.items()}
+    return np.full((size, *like.shape[1:]), None if like.dtype == object else 0, like.dtype)

@@ -1,14 +1,12 @@
-"""Where the data of inner tasks come from.
+"""Where the data of inner tasks come from: a source is a distribution of data sets.
 
-A source is a distribution of data sets. Generated data are drawn anew for every episode and belong to one network;
-stored data are shared by all networks, which then hold row numbers and no copies.
+Generated data are drawn anew for every episode and belong to one network; here are vectors, images and noise, in
+`sequences` the rest. Data that the user has are in `stored`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,12 +14,10 @@ import torch
 from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
 from rlsched.envs.draws import check_at_least, check_probabilities, check_ranges, log_uniform
 
 Array = NDArray[Any]
-BUNDLED = ("breast_cancer", "diabetes", "digits", "iris", "wine")
 
 
 class Points(NamedTuple):
@@ -42,103 +38,6 @@ class Source(Protocol):
 
     def draw(self, rng: Generator) -> Points:
         """Draw a data set; the same `rng` state gives the same one."""
-
-
-# --- Stored data ----------------------------------------------------------------------------------------------------
-
-
-class Stored:
-    """Data that the user has. A part of them, drawn anew for every episode, validates.
-
-    Args:
-        inputs: (points, *input shape), a tensor or an array.
-        targets: (points, *target shape).
-        points: range of the number of training points in an episode, log-uniform; all by default.
-        validation_points: number of validation points; by default a fifth, and at most 1,024.
-    """
-
-    def __init__(
-        self,
-        inputs: Tensor | Array,
-        targets: Tensor | Array,
-        *,
-        points: tuple[int, int] | None = None,
-        validation_points: int | None = None,
-    ) -> None:
-        self.inputs, self.targets = torch.as_tensor(inputs), torch.as_tensor(targets)
-        if self.inputs.dtype == torch.float64:
-            self.inputs = self.inputs.float()
-        if self.targets.dtype == torch.float64:
-            self.targets = self.targets.float()
-        count = len(self.inputs)
-        if len(self.targets) != count:
-            raise ValueError(f"inputs and targets must be of equal length, got {count} and {len(self.targets)}")
-        if count < 2:
-            raise ValueError(f"inputs must hold at least 2 points, one to train and one to validate, got {count}")
-        self.validation_points = min(1024, max(1, count // 5)) if validation_points is None else validation_points
-        if not 1 <= self.validation_points < count:
-            raise ValueError(f"validation_points must be between 1 and {count - 1}, got {self.validation_points}")
-        rest = count - self.validation_points
-        self.points = (rest, rest) if points is None else points
-        check_ranges(self, "points")
-        if self.points[1] > rest:
-            raise ValueError(f"points must be at most {rest}, what validation leaves, got {self.points}")
-
-    @classmethod
-    def of(cls, data: Dataset[Any] | tuple[Any, Any], **options: Any) -> Stored:
-        """From a pair (inputs, targets), or from a map-style `Dataset` of such pairs.
-
-        Raises:
-            TypeError: it is neither.
-            ValueError: the lengths differ.
-        """
-        if isinstance(data, Dataset):
-            if not isinstance(data, Sized):
-                raise TypeError(f"data must have a length, got the {type(data).__name__} without one")
-            data = default_collate([data[i] for i in range(len(data))])
-        if not isinstance(data, tuple | list) or len(data) != 2:
-            raise TypeError(f"data must be a pair (inputs, targets) or a Dataset of pairs, got {type(data).__name__}")
-        return cls(*data, **options)
-
-    @property
-    def max_points(self) -> int:
-        return self.points[1]
-
-    def rows(self, rng: Generator) -> tuple[Tensor, Tensor]:
-        """Row numbers of an episode's training points and of its validation points, without overlap."""
-        order = torch.from_numpy(rng.permutation(len(self.inputs)))
-        points = round(log_uniform(rng, *self.points))
-        validation, rest = order[: self.validation_points], order[self.validation_points :]
-        return rest[:points], validation
-
-    def draw(self, rng: Generator) -> Points:
-        train, validation = self.rows(rng)
-        return Points(self.inputs[train], self.targets[train], self.inputs[validation], self.targets[validation])
-
-
-def bundled(name: str, **options: Any) -> Stored:
-    """One of scikit-learn's bundled data sets, by its name in `BUNDLED`.
-
-    "digits" are 8 × 8 images with pixels in [0, 1]; the other inputs are standardised, and so are the targets of
-    "diabetes", (points, 1), the one regression. The rest are labels.
-    """
-    if name not in BUNDLED:
-        raise ValueError(f"name must be one of {BUNDLED}, got {name!r}")
-    return Stored(*_bundled(name), **options)
-
-
-@lru_cache
-def _bundled(name: str) -> tuple[Tensor, Tensor]:
-    import sklearn.datasets
-
-    data = getattr(sklearn.datasets, f"load_{name}")()
-    inputs = data.data / 16 if name == "digits" else _standardised(data.data)
-    targets = _standardised(data.target[:, None]) if name == "diabetes" else data.target.astype(np.int64)
-    return torch.from_numpy(inputs.astype(np.float32)), torch.from_numpy(targets)
-
-
-def _standardised(x: Array) -> Array:
-    return ((x - x.mean(0)) / x.std(0)).astype(np.float32)
 
 
 # --- Generated data -------------------------------------------------------------------------------------------------
@@ -290,7 +189,7 @@ class TeacherRegression(_Vectors):
     ) -> tuple[Array, Array]:
         inputs, outputs = _teach(self, rng, count, spectrum, floor, self.outputs)
         noise = np.float32(log_uniform(rng, *self.noise))
-        return inputs, _standardised(outputs) + noise * rng.standard_normal(outputs.shape, dtype=np.float32)
+        return inputs, standardised(outputs) + noise * rng.standard_normal(outputs.shape, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -302,7 +201,7 @@ class TeacherMultitask(TeacherStudent):
     ) -> tuple[Array, Array]:
         inputs, outputs = _teach(self, rng, count, spectrum, floor, self.classes + 1)
         labels = self._noisy(rng, outputs[:, :-1].argmax(-1))
-        return inputs, np.column_stack([labels, _standardised(outputs[:, -1])]).astype(np.float32)
+        return inputs, np.column_stack([labels, standardised(outputs[:, -1])]).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -372,7 +271,7 @@ class Images(Labelled):
         pictures = self.classes * int(rng.integers(self.pictures[0], self.pictures[1] + 1))
         coarse = rng.standard_normal((pictures, self.channels, self.size // 2, self.size // 2), dtype=np.float32)
         smooth = torch.nn.functional.interpolate(torch.from_numpy(coarse), size=(self.size, self.size), mode="bilinear")
-        templates = _standardised(smooth.numpy().ravel()).reshape(smooth.shape)
+        templates = standardised(smooth.numpy().ravel()).reshape(smooth.shape)
         shifts = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
         shifted = np.stack([np.roll(templates, shift, (-2, -1)) for shift in shifts], 1)
         which = rng.integers(pictures, size=count)
@@ -381,79 +280,6 @@ class Images(Labelled):
         images += noise * rng.standard_normal(images.shape, dtype=np.float32)
         images *= np.float32(log_uniform(rng, *self.input_scale)) / np.sqrt(1 + noise**2)
         return images, self._noisy(rng, which % self.classes)
-
-
-@dataclass(frozen=True)
-class _Sequences(Generated):
-    """What the sources of token sequences share: they are inputs and targets in one, (points, length).
-
-    Args:
-        tokens: size of the vocabulary.
-        length: tokens in a sequence.
-    """
-
-    points: tuple[int, int] = (512, 2048)
-    validation_points: int = 64
-    tokens: int = 12
-    length: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(2, self, "tokens", "length")
-
-
-@dataclass(frozen=True)
-class Markov(_Sequences):
-    """Sequences of a random Markov chain.
-
-    Args:
-        concentration: of the Dirichlet distribution of its transitions, log-uniform: the lower, the more predictable.
-    """
-
-    concentration: tuple[float, float] = (0.03, 0.3)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(self, "concentration")
-
-    def _draw(self, rng: Generator, count: int) -> tuple[Array, Array]:
-        concentration = log_uniform(rng, *self.concentration)
-        cumulative = rng.dirichlet(np.full(self.tokens, concentration), self.tokens).cumsum(-1)
-        cumulative[:, -1] = 1  # in spite of rounding
-        sequences = np.empty((count, self.length), np.int64)
-        sequences[:, 0] = rng.integers(self.tokens, size=count)
-        for i in range(1, self.length):
-            reached = cumulative[sequences[:, i - 1]] > rng.random((count, 1))
-            sequences[:, i] = reached.argmax(-1)
-        return sequences, sequences
-
-
-@dataclass(frozen=True)
-class Copying(_Sequences):
-    """Sequences in which every token is that of `lag` positions before, renamed by a random permutation, or chance.
-
-    Args:
-        lag: uniform.
-        noise: probability of chance, log-uniform.
-    """
-
-    lag: tuple[int, int] = (1, 4)
-    noise: tuple[float, float] = (0.02, 0.2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_ranges(self, "lag", "noise")
-        if self.lag[1] >= self.length:
-            raise ValueError(f"lag must be below length ({self.length}), got {self.lag}")
-
-    def _draw(self, rng: Generator, count: int) -> tuple[Array, Array]:
-        lag = int(rng.integers(self.lag[0], self.lag[1] + 1))
-        renamed = rng.permutation(self.tokens)
-        sequences = rng.integers(self.tokens, size=(count, self.length))
-        chance = rng.random((count, self.length)) < log_uniform(rng, *self.noise)
-        for i in range(lag, self.length):
-            sequences[:, i] = np.where(chance[:, i], sequences[:, i], renamed[sequences[:, i - lag]])
-        return sequences, sequences
 
 
 @dataclass(frozen=True)
@@ -477,6 +303,11 @@ class Noise(Generated):
         noise = rng.standard_normal((count, self.dimension), dtype=np.float32)
         noise *= np.float32(log_uniform(rng, *self.noise))
         return noise, noise
+
+
+def standardised(x: Array) -> Array:
+    """x (points, *shape) in single precision, with mean 0 and standard deviation 1 over the points."""
+    return ((x - x.mean(0)) / x.std(0)).astype(np.float32)
 
 
 def _teach(

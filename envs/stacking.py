@@ -62,7 +62,8 @@ class Stack:
     ) -> tuple[Tensor, Tensor, Buffers]:
         """The gradients of `scale` (networks,) times the losses, these losses, and the buffers that have changed."""
         arguments = params, buffers, inputs, targets, scale
-        if self.looped or len(params) == 1:  # a stack of one is faster without vmap
+        # A stack of one is faster without vmap; but compiled, it is then no longer one graph.
+        if self.looped or (len(params) == 1 and not torch.compiler.is_compiling()):
             gradients, losses, changed = zip(*(self._gradient(*each) for each in _each(arguments)), strict=True)
             return (
                 torch.stack(gradients),
@@ -75,7 +76,7 @@ class Stack:
     def evaluate(self, params: Tensor, buffers: Buffers, inputs: Tensor, targets: Tensor) -> Tensor:
         """The losses in evaluation mode, (networks,)."""
         arguments = params, buffers, inputs, targets
-        if self.looped:
+        if self.looped or len(params) == 1:
             return torch.stack([self._evaluate(*each) for each in _each(arguments)])
 
         def evaluate(params: Tensor, *rest: Any) -> Tensor:

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from rlsched.control import growth
 from rlsched.envs.draws import check_at_least, check_probabilities, check_ranges, log_uniform, seeded
-from rlsched.envs.sources import Source, Stored
+from rlsched.envs.optimizers import OPTIMIZERS
+from rlsched.envs.sources import Source
+from rlsched.envs.stored import Stored
 
 Loss = Callable[[Any, Tensor], Tensor]
 
@@ -31,25 +34,8 @@ class TrainingSetup(NamedTuple):
     loss_reported: bool  # whether the policy sees the loss
 
 
-class Kind(NamedTuple):
-    """What sets one optimizer apart from another."""
-
-    adaptive: bool  # divides by a second moment
-    sums: bool  # its momentum sums gradients, where others average them
-    nesterov: bool = False
-
-
-OPTIMIZERS: Mapping[str, Kind] = {
-    "SGD": Kind(adaptive=False, sums=True),
-    "Nesterov": Kind(adaptive=False, sums=True, nesterov=True),
-    "Adam": Kind(adaptive=True, sums=False),
-    "AdamW": Kind(adaptive=True, sums=False),
-    "RMSprop": Kind(adaptive=True, sums=True),
-}
-
-
-def knob(default: Any, meaning: str) -> Any:
-    """A field with its documentation, which docs/tasks.md shows."""
+def setting(default: Any, meaning: str) -> Any:
+    """A field with its meaning, which docs/tasks.md shows."""
     factory = (lambda: dict(default)) if isinstance(default, dict) else (lambda: default)
     return field(default_factory=factory, metadata={"help": meaning})
 
@@ -58,16 +44,20 @@ def knob(default: Any, meaning: str) -> Any:
 class SetupDistribution:
     """Distribution of training set-ups. Ranges are log-uniform."""
 
-    decisions: tuple[int, int] = knob((30, 140), "decisions of a run, each before a window of inner steps")
-    optimizers: Mapping[str, float] = knob({"SGD": 1, "AdamW": 1}, "their weights in the draw")
-    sgd_lr: tuple[float, float] = knob((1e-5, 2.0), "base lr of SGD, times loss scale, at a momentum of 0.9")
-    adaptive_lr: tuple[float, float] = knob((3e-5, 0.3), "base lr of Adam and AdamW, and of RMSprop without momentum")
-    weight_decay: tuple[float, float] = knob((1e-5, 1e-2), "in half of the episodes, else 0")
-    no_momentum: float = knob(0.05, "probability that SGD runs without momentum; RMSprop does in half of the episodes")
-    other_momentum: float = knob(0.3, "probability of a momentum between 0.5 and 0.98 in place of 0.9")
-    loss_scale: tuple[float, float] = knob((0.1, 10.0), "factor on the loss")
-    gain: tuple[float, float] = knob((0.3, 2.0), "factor on the weight matrices that the network begins with")
-    no_loss: float = knob(0.05, "probability that the policy is not told the loss")
+    decisions: tuple[int, int] = setting((30, 140), "decisions of a run, each before a window of inner steps")
+    optimizers: Mapping[str, float] = setting({"SGD": 1, "AdamW": 1}, "their weights in the draw")
+    sgd_lr: tuple[float, float] = setting((1e-5, 2.0), "base lr of SGD, times loss scale, at a momentum of 0.9")
+    adaptive_lr: tuple[float, float] = setting(
+        (3e-5, 0.3), "base lr of Adam and AdamW, and of RMSprop without momentum"
+    )
+    weight_decay: tuple[float, float] = setting((1e-5, 1e-2), "in half of the episodes, else 0")
+    no_momentum: float = setting(
+        0.05, "probability that SGD runs without momentum; RMSprop does in half of the episodes"
+    )
+    other_momentum: float = setting(0.3, "probability of a momentum between 0.5 and 0.98 in place of 0.9")
+    loss_scale: tuple[float, float] = setting((0.1, 10.0), "factor on the loss")
+    gain: tuple[float, float] = setting((0.3, 2.0), "factor on the weight matrices that the network begins with")
+    no_loss: float = setting(0.05, "probability that the policy is not told the loss")
 
     def __post_init__(self) -> None:
         check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay", "loss_scale", "gain")
@@ -80,17 +70,16 @@ class SetupDistribution:
         decisions = round(log_uniform(rng, *self.decisions))
         names, weights = zip(*self.optimizers.items(), strict=True)
         optimizer = names[rng.choice(len(names), p=[w / sum(weights) for w in weights])]
-        kind = OPTIMIZERS[optimizer]
+        adaptive, sums_gradients = OPTIMIZERS[optimizer].traits
         loss_scale = log_uniform(rng, *self.loss_scale)
         momentum = 0.9
         if rng.random() < self.other_momentum:
             momentum = 1 - log_uniform(rng, 0.02, 0.5)
-        if kind.sums and not kind.nesterov and rng.random() < (0.5 if kind.adaptive else self.no_momentum):
+        may_lack_momentum = sums_gradients and not OPTIMIZERS[optimizer].needs_momentum
+        if may_lack_momentum and rng.random() < (0.5 if adaptive else self.no_momentum):
             momentum = 0.0
-        lr = log_uniform(rng, *(self.adaptive_lr if kind.adaptive else self.sgd_lr))
-        if kind.sums:  # momentum multiplies the step by 1 / (1 - momentum)
-            lr *= 1 - momentum
-        if not kind.adaptive:
+        lr = log_uniform(rng, *(self.adaptive_lr if adaptive else self.sgd_lr)) / growth(momentum, sums_gradients)
+        if not adaptive:
             lr /= 0.1 * loss_scale
         return TrainingSetup(
             decisions=decisions,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rlsched.agents import TrainConfig
 
 DESCRIPTION = "Learned schedules for PyTorch optimizers: train a scheduling policy, and compare it with others."
-EXTRAS = {"gymnasium", "stable_baselines3", "tensorboard", "sklearn", "matplotlib", "tqdm"}
+EXTRAS = {"gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "sklearn", "matplotlib", "tqdm"}
 
 TRAIN = """\
 Train a scheduling policy with PPO on generated inner training tasks. A run that was interrupted goes on
@@ -29,7 +29,7 @@ when the same command is given again.
 examples:
   rlsched train --preset demo                        # a small policy, in minutes on two cores
   rlsched train --run-dir runs/mine --compile        # a policy like the shipped one, in a quarter of an hour
-  rlsched train --run-dir runs/relu --activation relu --hidden 32 32 --decisions 1000000
+  rlsched train --run-dir runs/relu --activation relu --hidden 32 32 --timesteps 1000000
   tensorboard --logdir runs                          # watch it
 """
 COMPARE = """\
@@ -39,10 +39,14 @@ adapts to a run shows in a replay: the same run under the mean of what the polic
 is none with --seeds 1). Writes runs.jsonl (results already there are kept), table.md, plot.png and TensorBoard logs
 to the folder --out.
 
+Tasks are digits, mnist (which needs --data), the families of rlsched.envs.FAMILIES, and your own: module:NAME is an
+InnerTask, or a sequence of them, in a module of this folder or an installed one.
+
 examples:
   rlsched compare --tasks digits
   rlsched compare --policy runs/mine/policy.safetensors --tasks digits --steps 200 800 --seeds 5
   rlsched compare --tasks mnist --data path/to/mnist --steps 400 1000
+  rlsched compare --tasks attention my_module:MY_TASK --out runs/mine/compare
 """
 EXPORT = """\
 Export the policy of a training run, finished or not, to a policy file: safetensors with JSON metadata, no pickle.
@@ -58,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 1 for wrong input, 130 when interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if (here := os.getcwd()) not in sys.path:  # for tasks as module:NAME; `python -m` has it there, the command has not
+        sys.path.append(here)
     try:
         options.run(options)
     except KeyboardInterrupt:
@@ -93,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = verb("compare", "compare a policy with other schedules", COMPARE, _compare)
     shipped = ", ".join(available()) or "none"
     compare.add_argument("--policy", default="default", help=f"policy file, or a shipped policy ({shipped})")
-    compare.add_argument("--tasks", "--task", nargs="+", default=["digits"], help="digits, mnist (default: digits)")
+    compare.add_argument("--tasks", "--task", nargs="+", default=["digits"], help="names, see above (default: digits)")
     compare.add_argument(
         "--optimizers", nargs="+", default=["sgd", "adam"], help="sgd, adam, adamw (default: sgd adam)"
     )
@@ -126,7 +132,8 @@ def _add_config_options(parser: argparse.ArgumentParser) -> None:
         elif kind in (int, float, str):
             group.add_argument(name, type=kind, metavar=kind.__name__.upper(), help=help_text)
         else:
-            group.add_argument(name, type=int, nargs="+", metavar="WIDTH", help=help_text)
+            (item, _) = typing.get_args(kind)
+            group.add_argument(name, type=item, nargs="+", metavar=item.__name__.upper(), help=help_text)
 
 
 def _shown(default: Any) -> str:
@@ -159,7 +166,7 @@ def _train(options: argparse.Namespace) -> None:
         f"TensorBoard {run_dir}\n"
         f"return      {scores['return']:.3f}   (log of first over last validation loss, mean over the same "
         f"{config.eval_episodes} episodes)\n"
-        f"fallback    {scores['return_of_zero_policy']:.3f}   (linear decay of the same base learning rates)\n"
+        f"base        {scores['return_of_zero_policy']:.3f}   (the base schedule, from the same base learning rates)\n"
         f"better in   {scores['share_better']:.0%} of the episodes"
     )
 
@@ -167,12 +174,12 @@ def _train(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from rlsched.experiments.compare.analysis import report
     from rlsched.experiments.compare.run import RUNS, TENSORBOARD, Plan, compare
-    from rlsched.experiments.records import PLOT, TABLE
+    from rlsched.experiments.table import PLOT, TABLE
 
     policy = SchedulePolicy.load(options.policy)
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # the networks are small: more threads cost more than they give
-    plan = Plan(tuple(options.tasks), tuple(options.optimizers), tuple(options.steps), options.seeds)
-    compare(plan, policy, options.out, options.data)
+    torch.set_num_threads(min(2, torch.get_num_threads()))  # the networks are small: more cost more than they give
+    plan = Plan(options.tasks, options.optimizers, options.steps, options.seeds, data=options.data)
+    compare(plan, policy, options.out)
     print(report(options.out, policy.digest))
     print()
     for what, name in (("table", TABLE), ("plot", PLOT), ("results", RUNS), ("TensorBoard", TENSORBOARD)):

@@ -1,137 +1,251 @@
-"""From actions to hyperparameters, and the fallback schedule underneath.
+"""From actions to hyperparameters. Every control is an entry in `CONTROLS`.
 
-The control state has one entry per control and the shape `(*batch, len(CONTROLS))`; the functions here serve one
-network (`batch = ()`) and N networks alike. The policy never sets a hyperparameter outright. It moves it away
-from the fallback schedule: linear decay of the base learning rate to zero, the base momentum, no clipping but of
-outliers.
+A control has a state, which the policy moves. The policy never sets a hyperparameter outright: it moves it away from
+what the user gave. A parameter group is a mapping from names to values: one of a torch optimizer, or one of N networks
+in training, whose values are tensors (*batch,). The functions here serve both.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
-from rlsched.spec import Control
+from rlsched.number import Number, clamp, exp, log, where
 
 EARLY = 0.2  # fraction of a run in which a decision may take the early step
 MIN_MOMENTUM, MAX_MOMENTUM = 0.1, 0.99
 OUTLIER = 100.0  # a gradient norm is clipped to so many times its running average, whatever the control says
 
-CONTROLS = (
-    Control("lr", "log of the factor on the fallback learning rate", -7.0, 7.0, step=0.25, early_step=0.7),
-    Control(
-        "momentum",
-        "−log10(1 − momentum): 1 is a momentum of 0.9, 2 of 0.99",
-        -math.log10(1 - MIN_MOMENTUM),
-        -math.log10(1 - MAX_MOMENTUM),
-        step=0.3,
-        early_step=0.3,
-    ),
-    Control(
-        "clip",
-        f"the gradient norm is clipped to exp(clip − 0.7) times its running average; at the maximum to {OUTLIER:g} "
-        "times, which is no more than a guard against outliers",
-        0.0,
-        3.0,
-        step=0.5,
-        early_step=0.5,
-    ),
-)
-CONTROL_NAMES = tuple(control.name for control in CONTROLS)
-LR, MOMENTUM, CLIP = range(len(CONTROLS))
 
-Number = TypeVar("Number", float, Tensor)
+class Seen(NamedTuple):
+    """How a policy sees the state of a control: (state − shift) / scale, within [low, high]."""
+
+    shift: float
+    scale: float
+    low: float
+    high: float
+    words: str
 
 
-def decision_interval(total_steps: int, decisions: int) -> int:
-    """Inner steps in a window, so that a run of `total_steps` inner steps has about `decisions` decisions."""
-    return max(1, math.ceil(total_steps / decisions))
+@dataclass(frozen=True)
+class Control:
+    """One entry of the action vector, in [−1, 1], and the state that it moves.
+
+    A decision adds `step * action` to the state (`early_step` in the first fifth of a run), which stays within
+    [low, high]. An action of zero leaves the state as it is.
+    """
+
+    name: str  # of the control, and of what it sets in `decided`
+    meaning: str
+    low: float
+    high: float
+    step: float
+    early_step: float
+    seen: Seen
+
+    def base(self, group: Mapping[str, Any]) -> Number:
+        """What the user gave a parameter group; NaN where it has nothing of the kind."""
+        return _plain(group.get(self.name, math.nan))
+
+    def origin(self, base: Number) -> Number:
+        """The state that means `base`."""
+        return 0.0
+
+    def state(self, base: float, value: float) -> float:
+        """The state that means `value` in a parameter group of this base; the origin, where that cannot be told."""
+        return self.origin(base)
+
+    def can_move(self, base: Number) -> Number:
+        """Whether there is anything to control."""
+        return True
+
+    def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
+        """Set in `values` what a state means that is `moved` from its origin. With 0 it is the base, to the bit."""
+        raise NotImplementedError
+
+    def write(self, group: dict[str, Any], value: float) -> None:
+        """Set the hyperparameter in a parameter group of a torch optimizer, where it has it."""
+
+    allowed: ClassVar[str] = "finite and not negative"  # what the hyperparameter can be
+
+    def is_valid(self, value: float) -> bool:
+        """Whether it can be this."""
+        return 0 <= value < math.inf
 
 
-def fallback_schedule(step: Number, total_steps: Number) -> Number:
-    """Factor on the base lr at inner step `step` in [0, total_steps): linear, from 1 down to 1 / total_steps."""
-    return 1 - step / total_steps
+def _plain(value: Number) -> Number:
+    """A hyperparameter of one run as a float, where torch has it as a tensor."""
+    return float(value) if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
-def initial_state(momentum: Tensor) -> Tensor:
-    """The control state that means the fallback schedule, from base momenta of shape (*batch,) in [0, 1)."""
-    state = momentum.new_zeros(*momentum.shape, len(CONTROLS))
-    state[..., MOMENTUM] = -torch.log10(1 - momentum)
-    state[..., CLIP] = CONTROLS[CLIP].high
-    return state
+class _Factor(Control):
+    """A factor on what the user gave; its state is the logarithm of it."""
+
+    def state(self, base: float, value: float) -> float:
+        return clamp(math.log(value / base), self.low, self.high) if value > 0 else self.low
 
 
-def step_sizes(progress: Tensor) -> Tensor:
-    """How far an action of 1 moves each control, (*batch, controls), at a progress of shape (*batch,)."""
-    early, late = (
-        progress.new_tensor(sizes) for sizes in ([c.early_step for c in CONTROLS], [c.step for c in CONTROLS])
+class _LearningRate(_Factor):
+    def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
+        values["lr"] = values["lr"] * exp(moved)
+
+    def base(self, group: Mapping[str, Any]) -> Number:
+        # A torch scheduler that came first may have begun a warm-up at 0.
+        return _plain(group.get("initial_lr", group["lr"]))
+
+    def write(self, group: dict[str, Any], value: float) -> None:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value
+
+
+class _Momentum(Control):
+    """Moves momentum without a change of the size of updates: lr · `growth` stays what it is."""
+
+    def base(self, group: Mapping[str, Any]) -> Number:
+        return _plain(group["betas"][0] if group.get("betas") else group.get("momentum", math.nan))
+
+    def origin(self, base: Number) -> Number:
+        return where(base > 0, -log(1 - base) / math.log(10), 0.0)
+
+    def state(self, base: float, value: float) -> float:
+        return self.origin(value)
+
+    def can_move(self, base: Number) -> Number:
+        return base > 0
+
+    def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
+        momentum = where(base > 0, base + (1 - base) * (1 - 10**-moved), base)
+        law = growth(base, sums_gradients) / growth(momentum, sums_gradients)
+        values["lr"] = values["lr"] * where(base > 0, law, 1.0)
+        values["momentum"] = momentum
+
+    def write(self, group: dict[str, Any], value: float) -> None:
+        if group.get("betas"):
+            group["betas"] = (value, *group["betas"][1:])
+        elif "momentum" in group:
+            group["momentum"] = value
+
+    allowed = "in [0, 1)"
+
+    def is_valid(self, value: float) -> bool:
+        return 0 <= value < 1
+
+
+class _Clip(Control):
+    def origin(self, base: Number) -> Number:
+        return self.high
+
+    def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
+        values["clip"] = where(moved < 0, exp(moved + (self.high - 0.7)), OUTLIER)
+
+    allowed = "finite and positive"
+
+    def is_valid(self, value: float) -> bool:
+        return 0 < value < math.inf
+
+
+CONTROLS: Mapping[str, Control] = {
+    control.name: control
+    for control in (
+        _LearningRate(
+            "lr",
+            "log of the factor on the learning rate of the base schedule",
+            low=-7.0,
+            high=7.0,
+            step=0.25,
+            early_step=0.7,
+            seen=Seen(0.0, 5.0, -1.4, 1.4, "/ 5"),
+        ),
+        _Momentum(
+            "momentum",
+            "−log10(1 − momentum): 1 is a momentum of 0.9, 2 of 0.99",
+            low=-math.log10(1 - MIN_MOMENTUM),
+            high=-math.log10(1 - MAX_MOMENTUM),
+            step=0.3,
+            early_step=0.3,
+            seen=Seen(1.0, 1.0, -1.0, 2.0, "− 1"),
+        ),
+        _Clip(
+            "clip",
+            "the gradient norm is clipped to exp(clip − 0.7) times its running average; at the maximum to "
+            f"{OUTLIER:g} times, which is no more than a guard against outliers",
+            low=0.0,
+            high=3.0,
+            step=0.5,
+            early_step=0.5,
+            seen=Seen(0.0, 2.0, 0.0, 1.5, "/ 2"),
+        ),
     )
-    return torch.where((progress < EARLY).unsqueeze(-1), early, late)
+}
+CONTROL_NAMES = tuple(CONTROLS)
+LR = CONTROLS["lr"]  # what a probe, a divergence and the bounds of a run act on
 
 
-def move(state: Tensor, action: Tensor, progress: Tensor, base: Tensor) -> Tensor:
-    """The control state after a decision.
+def growth(momentum: Number, sums_gradients: Number) -> Number:
+    """How many times the average gradient a momentum buffer holds: 1 / (1 − momentum) where it sums gradients, else 1.
 
-    Args:
-        state: control state before it, (*batch, controls).
-        action: in [-1, 1], (*batch, controls); values beyond count as the bound.
-        progress: fraction of the run that is done, (*batch,).
-        base: `initial_state` of the run, (*batch, controls). Where it lies outside a control's range, the range
-            is widened to it, so that standing still is always possible.
-    """
-    low, high = state.new_tensor([c.low for c in CONTROLS]), state.new_tensor([c.high for c in CONTROLS])
-    moved = state + step_sizes(progress) * action.clamp(-1, 1)
-    return moved.clamp(torch.minimum(low, base), torch.maximum(high, base))
-
-
-def momentum_of(state: Number) -> Number:
-    """Momentum from the momentum control's state."""
-    return 1 - 10**-state
-
-
-def clip_multiple(state: Tensor) -> Tensor:
-    """Clipping threshold over the running average of the gradient norm."""
-    return torch.where(state < CONTROLS[CLIP].high, torch.exp(state - 0.7), OUTLIER)
-
-
-# --- Safe start -------------------------------------------------------------------------------------------------
-#
-# A base learning rate can be so large that training diverges before the first decision. So the first inner step of
-# a scheduled run is a probe: it is taken at PROBE times the base learning rate, and what it did to the weights is
-# measured. Updates are proportional to the learning rate, whatever the optimizer, so the probe tells what a step at
-# the full base learning rate would have done. If that step promised to take away more than MAX_DECREASE of the loss,
-# or a step with all of its momentum to move the weights by more than MAX_UPDATE of their norm, the run starts from
-# the learning rate that stays within both limits. The usual default learning rates do, or nearly.
-
-PROBE = math.exp(-7)  # factor on the base learning rate in the probe
-MAX_DECREASE = 0.3  # of the loss, as predicted to first order
-MAX_UPDATE = 0.1  # of the norm of the weights
-
-
-def safe_offset(predicted_decrease: Tensor, update_ratio: Tensor, growth: Tensor) -> Tensor:
-    """Log of the highest factor on the base learning rate that is safe, as a probe tells.
+    With b ← βb + g the average of gradients is m = (1 − β) b, and the update of SGD, lr · b, is lr / (1 − β) times it.
+    So lr / (1 − β) is the learning rate that counts: a change of β that leaves it alone changes the direction of
+    updates, and not their size.
 
     Args:
-        predicted_decrease: ⟨Δθ, g⟩ / loss of the probe, (*batch,); NaN where the loss is not known.
-        update_ratio: ‖Δθ‖ / ‖θ‖ of the probe, (*batch,). Weights that began at zero are nothing to compare an update
-            with. If they began near zero, so that it is one or more, the loss alone decides, where it speaks.
-        growth: how many times the first update a later one is, once momentum has built up, (*batch,):
-            1 / (1 − momentum) where momentum sums gradients, else 1.
-
-    Returns:
-        (*batch,); −inf where the probe itself was not finite.
+        momentum: β in [0, 1).
+        sums_gradients: whether the buffer is b (SGD, RMSprop; 1 or True) or m itself (Adam; 0 or False).
     """
-    by_loss = MAX_DECREASE / (predicted_decrease / PROBE).clamp(min=1e-12).nan_to_num(1e-12)
-    by_weights = MAX_UPDATE / (growth * update_ratio / PROBE).clamp(min=1e-12)
-    near_zero = (update_ratio >= 1) & (update_ratio < 1e3) & (predicted_decrease > 0) & (by_loss >= 1)
-    from_zero = near_zero | (update_ratio > 1e12)
-    limit = torch.minimum(by_loss, torch.where(from_zero, torch.inf, by_weights))
-    return torch.where(update_ratio.isfinite(), limit.log(), -torch.inf)
+    return 1 / (1 - sums_gradients * momentum)
 
 
-def safe_start(state: Tensor, offset: Tensor) -> Tensor:
-    """The initial control state (*batch, controls) with the lr control at a `safe_offset`, as far as it reaches."""
-    return torch.cat([offset.clamp(CONTROLS[LR].low, 0).unsqueeze(-1), state[..., LR + 1 :]], -1)
+def base_values(group: Mapping[str, Any]) -> dict[str, Number]:
+    """What the user gave a parameter group, by control."""
+    return {name: control.base(group) for name, control in CONTROLS.items()}
+
+
+def decided(base: Mapping[str, Number], moved: Mapping[str, Number], sums_gradients: Number) -> dict[str, Number]:
+    """The hyperparameters of a parameter group, before the base schedule.
+
+    Args:
+        base: its `base_values`. What else is in it stays as it is.
+        moved: how far each control's state is from its origin.
+        sums_gradients: see `growth`.
+    """
+    values = dict(base)
+    for name, control in CONTROLS.items():
+        control.decide(values, base[name], moved[name], sums_gradients)
+    return values
+
+
+def step_size(control: Control, progress: Number) -> Number:
+    """How far an action of 1 moves a control, where the fraction `progress` of the run is done."""
+    return where(progress < EARLY, control.early_step, control.step)
+
+
+def moved_by(control: Control, state: Number, action: Number, progress: Number, origin: Number) -> Number:
+    """A control's state after a decision.
+
+    Args:
+        control: the control.
+        state: before the decision.
+        action: in [−1, 1]; values beyond count as the bound.
+        progress: fraction of the run that is done.
+        origin: the state that means the base value. Where it lies outside the control's range, the range is widened
+            to it, so that standing still is always possible.
+    """
+    moved = state + step_size(control, progress) * clamp(action, -1.0, 1.0)
+    return clamp(moved, clamp(origin, high=control.low), clamp(origin, low=control.high))
+
+
+def control_table(controls: Iterable[Control]) -> str:
+    """The controls as a Markdown table, for documentation."""
+    rows = [
+        f"| {i} | `{c.name}` | {c.low:g} | {c.high:g} | ±{c.early_step:g}, later ±{c.step:g} | {c.meaning} |"
+        for i, c in enumerate(controls)
+    ]
+    return "\n".join(
+        ["| # | control | min | max | a decision moves it by | meaning |", "|--:|---|--:|--:|---|---|", *rows]
+    )

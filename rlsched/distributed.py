@@ -2,7 +2,7 @@
 
 All ranks of the default process group train one model. Each of them has its own part of the batch, and under FSDP2
 (`fully_shard`, whose parameters are DTensors) its own shard of each parameter. A tensor of which several ranks hold
-the same part (all but the shards; a shard in a mesh of replicas too) is shared out between them, so that what is
+the same part (all but the shards; a shard in a mesh of replicas too) is divided between them, so that what is
 summed over all ranks is that of the whole model.
 """
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+from rlsched.number import Number
 
 
 def ranks() -> int:
@@ -33,8 +35,8 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def shares(parameters: Sequence[Tensor]) -> list[float] | None:
-    """The part that this rank has in sums over each parameter; None if no parameter is sharded.
+def rank_weights(parameters: Sequence[Tensor]) -> list[float] | None:
+    """The weight of what this rank holds of each parameter, in sums over all ranks; None if no parameter is sharded.
 
     Raises:
         ValueError: the parameters are those of FSDP1, which are shards and do not say of what.
@@ -56,26 +58,25 @@ def _copies(parameter: Any) -> float:
     return ranks() / shards
 
 
-def whole_step(
-    loss: Tensor | float, norm: Tensor | float, *, reported: bool, sharded: bool, device: torch.device
-) -> tuple[Tensor, Tensor | float]:
-    """The loss of the whole batch, and the gradient norm of the whole model.
+def whole_step(loss: Number | None, norm: Number, *, sharded: bool, device: torch.device) -> tuple[Number, Number]:
+    """The loss of the whole batch, and the gradient norm of the whole model; floats where the norm was one.
 
     Args:
-        loss: of this rank, 0-d.
-        norm: of this rank's shards, of which each counts by its share; else of the whole model.
-        reported: whether there is a loss on this rank. The mean over those ranks that have one counts; 0 without any.
+        loss: of this rank, 0-d, or None if it has none. The mean over those ranks that have one counts; 0, which has
+            no logarithm, if none has.
+        norm: of this rank's shards, of which each counts by its weight; else of the whole model.
         sharded: whether the norm has to be summed over the ranks.
         device: where the process group communicates.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # the square of a large norm has no place in float32
-    for i, value in enumerate((loss, float(reported), norm)):
+    for i, value in enumerate((loss or 0.0 if not isinstance(loss, Tensor) else loss, loss is not None, norm)):
         sums[i] = value
     sums[2].square_()
     dist.all_reduce(sums)
-    if sharded:
-        norm = sums[2].sqrt().float() if isinstance(norm, Tensor) else float(sums[2].sqrt())
-    return (sums[0] / sums[1].clamp(min=1)).float(), norm
+    whole_loss, whole_norm = (sums[0] / sums[1].clamp(min=1)).float(), sums[2].sqrt().float()
+    if isinstance(norm, Tensor):
+        return whole_loss, whole_norm if sharded else norm
+    return float(whole_loss), float(sums[2].sqrt()) if sharded else norm
 
 
 def whole_window(window: Tensor, columns: slice, *, sharded: bool) -> Tensor:

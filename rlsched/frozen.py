@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,18 +12,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlsched import control
+from rlsched.base_schedule import BaseSchedule, base_schedule
+from rlsched.control import CONTROLS, LR, decided
 
-VERSION = 1  # of the file, raised whenever a field changes its meaning
+VERSION = 2  # of the file, raised whenever a field changes its meaning
 
 
 class Window(NamedTuple):
-    """What a run did from one decision to the next."""
+    """What held in a run from one decision to the next."""
 
     start: int  # its first inner step
-    lr_factor: float  # on the fallback learning rate, without what makes up for a change of momentum
-    momentum: float
-    clip_multiple: float
+    probing: bool
+    moved: dict[str, float]  # how far each control was from its origin
+    control: dict[str, float]  # state of each control
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,31 @@ class FrozenSchedule:
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
 
     whose `state_dict()` then holds it as plain numbers. A window is the inner steps from one decision to the next. The
-    factor is linear in the step between its two knots, and momentum and the clip multiple are the same at both.
+    factor is linear in the step between its knots, and the other controls are the same at all of them.
 
     Attributes:
         total_steps: inner steps in the run. After them the learning rate stays where it ended.
+        base_schedule: name of the base schedule, which is in `lr_factors`.
         base_lrs: learning rate of each parameter group that the run began with.
-        steps: the knots, which are the first and the last inner step of each window; rising, from 0 on.
+        steps: the knots, which are the first and the last inner step of each window, and between them those where the
+            base schedule bends; rising, from 0 on.
         lr_factors: factor on the base learning rate at each knot. It is the one at the base momentum: where momentum
             sums gradients (SGD, RMSprop) and moves as well, the learning rate takes another
             (1 − momentum) / (1 − base momentum).
-        momenta: momentum of the first parameter group at each knot, in [0, 1); 0 where it has none.
-        clip_multiples: the gradient norm is clipped to this times its running average, at each knot.
+        values: of every other control by its name, what the first parameter group had at each knot: "momentum" in
+            [0, 1); "clip", the multiple of its running average that the gradient norm is clipped to; and so on. 0 where
+            the group has nothing of the kind.
     """
 
     total_steps: int
+    base_schedule: str
     base_lrs: tuple[float, ...]
     steps: tuple[int, ...]
     lr_factors: tuple[float, ...]
-    momenta: tuple[float, ...]
-    clip_multiples: tuple[float, ...]
+    values: Mapping[str, tuple[float, ...]]
 
     def __post_init__(self) -> None:
+        base_schedule(self.base_schedule)
         knots = len(self.steps)
         if not knots or self.steps[0] != 0 or any(a >= b for a, b in pairwise(self.steps)):
             raise ValueError(f"steps must rise from 0 on, got {_shown(self.steps)}")
@@ -63,28 +68,41 @@ class FrozenSchedule:
             raise ValueError(
                 f"steps must end at total_steps − 1 = {self.total_steps - 1}, the last inner step, got {self.steps[-1]}"
             )
-        for name, allowed, holds in (
-            ("lr_factors", "finite and not negative", lambda value: 0 <= value < math.inf),
-            ("momenta", "in [0, 1)", lambda value: 0 <= value < 1),
-            ("clip_multiples", "finite and positive", lambda value: 0 < value < math.inf),
+        unknown = sorted(self.values.keys() - CONTROLS.keys())
+        if unknown:
+            raise ValueError(f"values must be of some of the controls {list(CONTROLS)}, got {unknown}")
+        for name, control, values in (
+            ("lr_factors", LR, self.lr_factors),
+            *((f"values[{name!r}]", CONTROLS[name], values) for name, values in self.values.items()),
         ):
-            values = getattr(self, name)
             if len(values) != knots:
                 raise ValueError(f"{name} must have a value for each of the {knots} steps, got {len(values)}")
-            if not all(map(holds, values)):
-                raise ValueError(f"{name} must be {allowed}, got {_shown([v for v in values if not holds(v)])}")
+            wrong = [value for value in values if not control.is_valid(value)]
+            if wrong:
+                raise ValueError(f"{name} must be {control.allowed}, got {_shown(wrong)}")
 
     @classmethod
-    def of(cls, windows: Sequence[Window], total_steps: int, base_lrs: Sequence[float]) -> FrozenSchedule:
-        """The schedule of a run of `windows`, the first of which starts at 0."""
+    def of(
+        cls, windows: Sequence[Window], total_steps: int, bases: Sequence[Mapping[str, float]], schedule: BaseSchedule
+    ) -> FrozenSchedule:
+        """The schedule of a run of `windows`, the first of which starts at 0, with groups of these base values."""
         starts = [window.start for window in windows]
         ends = [start - 1 for start in (*starts[1:], total_steps)]
-        knots = [
-            (step, window.lr_factor * control.fallback_schedule(step, total_steps), *window[2:])
-            for window, end in zip(windows, ends, strict=True)
-            for step in dict.fromkeys((window.start, end))
-        ]
-        return cls(total_steps, tuple(base_lrs), *zip(*knots, strict=True))
+        bends = schedule.steps_of_knots(total_steps)
+        steps: list[int] = []
+        lr_factors: list[float] = []
+        values: dict[str, list[float]] = {name: [] for name in CONTROLS if name != LR.name}
+        for window, end in zip(windows, ends, strict=True):
+            held = decided({**bases[0], LR.name: 1.0}, window.moved, 0)  # 0: without what makes up for momentum
+            for step in sorted({window.start, end} | {step for step in bends if window.start < step < end}):
+                decay = 1.0 if window.probing else schedule.factor(step, total_steps)
+                steps.append(step)
+                lr_factors.append(decay * held[LR.name])
+                for name, row in values.items():
+                    row.append(0.0 if math.isnan(held[name]) else held[name])
+        lrs = tuple(base[LR.name] for base in bases)
+        knots = tuple(steps), tuple(lr_factors), {name: tuple(row) for name, row in values.items()}
+        return cls(total_steps, schedule.name, lrs, *knots)
 
     def __call__(self, step: int) -> float:
         """Factor on the base learning rate at inner step `step`, counted from 0."""
@@ -112,6 +130,8 @@ class FrozenSchedule:
             for name, value in values.items():
                 if isinstance(value, list):
                     values[name] = tuple(value)
+                elif isinstance(value, dict):
+                    values[name] = {key: tuple(row) for key, row in value.items()}
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} holds no schedule: {error}") from error

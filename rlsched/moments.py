@@ -1,16 +1,17 @@
-"""What is measured at one inner step.
+"""What is measured at one inner step, of one network or of N stacked ones.
 
-All functions take flat vectors, `(*batch, parameters)`, and return `(*batch,)`: one network or N stacked networks.
-Those of norms take and return floats as well, which on the CPU are faster than tensors of one number.
+Measured are products of a few vectors (gradient, last gradient, momentum, weights, update): products are sums, so that
+those of a sharded network are added up over its shards. What a formula wants of them is derived below, once.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from rlsched.number import Number, Series, clamp, each, isnan, sqrt, where
 
 MEASURED_STEPS = 8  # per window: enough to average over, and few enough to be free in a long window
 NORM_DECAY = 0.9  # per inner step, of the running average of the gradient norm
@@ -18,71 +19,94 @@ NORM_JUMP = 10.0  # a gradient norm counts at most this many times the running a
 TINY = 1e-30  # norm of weights that are zero
 
 
-Number = TypeVar("Number", float, Tensor)
-
-
 class Moments(NamedTuple):
-    """Moments of one inner step, each (*batch,). Stacked along a last dimension they make a window.
+    """Moments of the inner steps of a window, each (*batch, steps), or of one step, each (*batch,).
 
-    NaN means "not measured": a loss that nobody reported, or one that has no logarithm; and directions and
-    updates outside the last `MEASURED_STEPS` inner steps of a window.
+    NaN means "not measured": a loss that nobody reported; a step that was not finite; and products outside the last
+    `MEASURED_STEPS` inner steps of a window. The update is θ_t − θ_{t+1}, so that it points where the gradient does.
     """
 
-    loss: Tensor
-    grad_norm: Tensor  # before clipping
-    clipped: Tensor  # 1 where the gradient was clipped, else 0
-    grad_cosine: Tensor  # cos(g_t, g_{t-1})
-    momentum_cosine: Tensor  # cos(g_t, m_{t-1})
-    update_ratio: Tensor  # ‖Δθ‖ / ‖θ‖
-    predicted_decrease: Tensor  # ⟨θ_t − θ_{t+1}, g_t⟩ / loss
+    loss: Series
+    grad_norm: Series  # ‖g_t‖ of the whole network, before clipping
+    clipped: Series  # 1 where the gradient was clipped, else 0
+    grad_square: Series  # ‖g_t‖², like all products of the network or of a sample of its parameters
+    last_grad_square: Series  # ‖g_{t−1}‖²
+    momentum_square: Series  # ‖m_{t−1}‖², 0 without momentum
+    weights_square: Series  # ‖θ_t‖²
+    update_square: Series  # ‖θ_t − θ_{t+1}‖²
+    grad_last_grad: Series  # ⟨g_t, g_{t−1}⟩
+    grad_momentum: Series  # ⟨g_t, m_{t−1}⟩
+    grad_weights: Series  # ⟨g_t, θ_t⟩
+    grad_update: Series  # ⟨g_t, θ_t − θ_{t+1}⟩
+    update_weights: Series  # ⟨θ_t − θ_{t+1}, θ_t⟩
+
+
+PRODUCTS = Moments._fields[3:]
 
 
 def is_measured(step: int, interval: int) -> bool:
-    """Whether directions and updates are measured at inner step `step` (from 0) of a window of `interval`."""
+    """Whether products are measured at inner step `step` (from 0) of a window of `interval`."""
     return step >= interval - MEASURED_STEPS
 
 
-def as_measured(window: Moments) -> Moments:
-    """The moments of a window, (*batch, steps), of which all were computed, without those that are not measured."""
-    steps = window.loss.shape[-1]
-    skipped = torch.tensor([not is_measured(i, steps) for i in range(steps)], device=window.loss.device)
-    names = ("grad_cosine", "momentum_cosine", "update_ratio", "predicted_decrease")
-    return window._replace(**{name: torch.where(skipped, torch.nan, getattr(window, name)) for name in names})
+def last_steps(window: Moments, steps: int = MEASURED_STEPS) -> Moments:
+    """The last inner steps of a window: by default those whose products are measured."""
+    return Moments(*(series[..., -steps:] if isinstance(series, Tensor) else series[-steps:] for series in window))
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1)
+# --- What is derived from products ----------------------------------------------------------------------------------
 
 
-def norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=-1)
+def cosine(product: Number, one_square: Number, other_square: Number) -> Number:
+    """Cosine of the angle between two vectors; 0 where one of them is zero."""
+    return product / clamp(sqrt(one_square) * sqrt(other_square), low=1e-30)
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the angle between a and b; 0 where one of them is zero."""
-    return dot(a, b) / (norm(a) * norm(b)).clamp(min=1e-30)
+def grad_cosine(m: Moments) -> Series:
+    """cos(g_t, g_{t−1})."""
+    return each(cosine, m.grad_last_grad, m.grad_square, m.last_grad_square)
 
 
-def update_moments(before: Tensor, after: Tensor, grad: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """`update_ratio` and `predicted_decrease` of the step from the weights `before` to `after`."""
-    update = before - after
-    decrease = torch.where(loss > 0, dot(update, grad) / loss, torch.nan)
-    return norm(update) / norm(before).clamp(min=TINY), decrease
+def momentum_cosine(m: Moments) -> Series:
+    """cos(g_t, m_{t−1}). Without momentum there is only the last gradient to agree with."""
+
+    def formula(product: Number, grad: Number, square: Number, last_product: Number, last_square: Number) -> Number:
+        alone = square == 0
+        return cosine(where(alone, last_product, product), grad, where(alone, last_square, square))
+
+    return each(formula, m.grad_momentum, m.grad_square, m.momentum_square, m.grad_last_grad, m.last_grad_square)
+
+
+def update_ratio(m: Moments) -> Series:
+    """‖θ_t − θ_{t+1}‖ / ‖θ_t‖."""
+    return each(
+        lambda update, weights: sqrt(update) / clamp(sqrt(weights), low=TINY), m.update_square, m.weights_square
+    )
+
+
+def predicted_decrease(m: Moments) -> Series:
+    """⟨g_t, θ_t − θ_{t+1}⟩ / loss; NaN where the loss is not positive.
+
+    The sample stands for the network as a whole: its squared gradient for that of the whole gradient.
+    """
+
+    def formula(product: Number, grad_norm: Number, grad_square: Number, loss: Number) -> Number:
+        positive = where(loss > 0, loss, math.nan)
+        return product * (grad_norm * grad_norm) / clamp(grad_square, low=1e-30) / positive
+
+    return each(formula, m.grad_update, m.grad_norm, m.grad_square, m.loss)
+
+
+# --- Clipping -------------------------------------------------------------------------------------------------------
 
 
 def average_norm(average: Number, grad_norm: Number) -> Number:
     """Running average of the gradient norm after one more step; an `average` of NaN starts it."""
-    if isinstance(grad_norm, float):
-        bounded = min(grad_norm, NORM_JUMP * average)
-        return grad_norm if math.isnan(average) else NORM_DECAY * average + (1 - NORM_DECAY) * bounded
-    bounded = torch.minimum(grad_norm, NORM_JUMP * average)
-    return torch.where(average.isnan(), grad_norm, NORM_DECAY * average + (1 - NORM_DECAY) * bounded)
+    bounded = clamp(grad_norm, high=NORM_JUMP * average)
+    return where(isnan(average), grad_norm, NORM_DECAY * average + (1 - NORM_DECAY) * bounded)
 
 
-def clip_coefficient(grad_norm: Number, average: Number, multiple: Number | float, limit: float = math.inf) -> Number:
+def clip_coefficient(grad_norm: Number, average: Number, multiple: Number, limit: float = math.inf) -> Number:
     """Factor in (0, 1] that brings the gradient norm down to `multiple` times its running average, and to `limit`."""
-    if isinstance(grad_norm, float):
-        threshold = math.inf if math.isnan(average) else multiple * max(average, 1e-30)
-        return min(1.0, min(threshold, limit) / max(grad_norm, 1e-30))
-    threshold = torch.where(average.isnan(), torch.inf, multiple * average.clamp(min=1e-30)).clamp(max=limit)
-    return (threshold / grad_norm.clamp(min=1e-30)).clamp(max=1)
+    threshold = where(isnan(average), math.inf, multiple * clamp(average, low=1e-30))
+    return clamp(clamp(threshold, high=limit) / clamp(grad_norm, low=1e-30), high=1.0)

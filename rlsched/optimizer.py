@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from rlsched.controller import STATE_KEY, Controller
+from rlsched.checkpoint import STATE_KEY
+from rlsched.controller import Controller
 from rlsched.frozen import FrozenSchedule
+from rlsched.options import shows_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from rlsched.options import Options
 
 __all__ = ["Controller", "ScheduledOptimizer", "attach"]
 
 
 class ScheduledOptimizer(Optimizer):
-    """A torch optimizer whose learning rate, momentum and clipping follow a learned schedule.
+    r"""A torch optimizer whose learning rate, momentum and clipping follow a learned schedule.
 
     Around any `torch.optim.Optimizer` that has a learning rate, in place of a scheduler and of gradient clipping::
 
@@ -27,32 +34,59 @@ class ScheduledOptimizer(Optimizer):
             optimizer.step(loss=loss)
             optimizer.zero_grad()
 
-    At inner step n of N the learning rate of a parameter group is
+    **The schedule.** Each control has a state, which the policy π moves at the K ≈ `decisions` decisions of a run; at
+    inner step n of N = `total_steps`, in the window after decision k, a parameter group that came with (η, β) has
 
-        lr · (1 − n/N) · exp(c),
+        learning rate   η_n = η · s(n/N) · exp(c_lr) · (1 − β_n) / (1 − β)      the last factor where momentum sums
+        momentum        β_n = 1 − (1 − β) · 10^(−c_momentum)                    gradients (SGD, RMSprop), else 1
+        clipping        g_n ← g_n · min(1, exp(c_clip + 2.3) · ḡ_{n−1} / ‖g_n‖, `max_grad_norm` / ‖g_n‖)
+                        ḡ_n = 0.9 · ḡ_{n−1} + 0.1 · min(‖g_n‖, 10 · ḡ_{n−1})    with 100 for exp(…) while c_clip = 0
 
-    where `lr` is the one that it came with and the policy moves c about 100 times in a run. A c of zero is the
-    fallback schedule, linear decay to zero. Where momentum sums gradients (SGD, RMSprop), lr is scaled along with it
-    so that the size of an update does not depend on momentum. A gradient whose norm exceeds the policy's multiple of
-    its running average is scaled down to that.
+    and a decision moves them all by
+
+        c_k = c_{k−1} + δ ⊙ π(o_k) · min(1, d² / D(o_k)²)
+
+    with every c within its bounds (`docs/spec.md`). All c are 0 at the start, and under a policy that stands still:
+    then the groups follow the base schedule, which by default is linear decay, s(x) = 1 − x.
+
+    | symbol | is |
+    |---|---|
+    | η, β | the group's own `lr`, and `momentum` or `betas[0]` |
+    | s | the policy's base schedule (`rlsched.base_schedule`) |
+    | π | `policy`: the actions in [−1, 1] of a small network |
+    | o_k | what it sees of the window before decision k: `docs/spec.md`, `rlsched.signals` |
+    | D, d | Mahalanobis distance of o_k from what the policy was trained on, and how far it is trusted in full |
+    | δ | the step of each control; larger in the first fifth of the run (`docs/spec.md`) |
+    | g_n, ḡ_n | the gradient of all parameters, and the running average of its norm |
+
+    **The first step** is a probe at e⁻⁷ of η. If it foretells that a step at η takes away more than 0.3 of the loss (to
+    first order), or moves the weights by more than 0.1 of their norm, then c_lr starts as low as that asks for; and if
+    the probe itself goes too far, it is undone and repeated at e⁻⁷ of that, and so on.
+
+    **Sources.** Schedules by reinforcement learning on statistics of the training itself: Daniel et al. 2016, "Learning
+    Step Size Controllers for Robust Neural Network Training"; Xu et al. 2019, "Learning an Adaptive Learning Rate
+    Schedule". Why the reward is the final loss: Wu et al. 2018, "Understanding Short-Horizon Bias in Stochastic
+    Meta-Optimization". Linear decay: Defazio et al. 2023, "When, Why and How Much? Adaptive Learning Rate Scheduling by
+    Refinement". Clipping relative to past norms: Seetharaman et al. 2020, "AutoClip". PPO: Schulman et al. 2017,
+    "Proximal Policy Optimization Algorithms".
 
     The parameter groups and the state are those of the wrapped optimizer. `state_dict` carries the controller, and a
     run resumed from it is bit-equal to one that never stopped.
 
     Attributes:
         controller: the `Controller`, with what was done: `interventions`, a list of (step, message), and `proposal`,
-            the lr, momentum and clip multiple that the policy last decided on.
+            the hyperparameters that the policy last decided on, by control.
 
     Args:
         optimizer: the optimizer to drive; its present learning rates and momenta are the base values.
         total_steps: optimizer steps in the whole run, at least 1. Training on after them keeps the last learning rate.
-        policy: name of a shipped policy, path to a policy file, or a `SchedulePolicy`.
-        controls: what the policy may change, of "lr", "momentum" and "clip". With none of them the learning rate
-            follows the fallback schedule exactly, and all else stays as it is.
+        policy: name of a shipped policy, path to a policy file, or any `rlsched.policy.Policy`.
+        controls: what the policy may change, of `rlsched.control.CONTROLS`; by default all that it knows to move.
+            With none of them the learning rate follows the base schedule exactly, and all else stays.
         decisions: about how many times in the run the policy decides.
         max_grad_norm: clip the gradient norm to this as well, as `clip_grad_norm_` would.
         follow_scheduler: take the learning rate that a torch scheduler sets (a warm-up, a schedule of your own) for
-            lr · (1 − n/N) above: the policy modulates that. The parameter groups hold the scheduler's learning rate
+            η · s above: the policy modulates that. The parameter groups hold the scheduler's learning rate
             between the steps. Otherwise a scheduler has no effect, of which you are warned.
         on_divergence: what to do when the run diverges, that is, when its last three steps or more were not finite, or
             the running average of its loss is three times its lowest and half of what was gained is lost. "cut": the
@@ -71,12 +105,10 @@ class ScheduledOptimizer(Optimizer):
         - Gradients are clipped in place, and those of a step whose loss or gradient is not finite never reach the
           weights.
         - A gradient norm is clipped to 100 times its running average, whatever the controls: a guard against outliers.
-        - Where the policy sees what it was not trained on, its actions shrink, and the learning rate just goes on to
-          decay linearly.
+        - Where the policy sees what it was not trained on, its actions shrink, and the learning rate just goes on
+          along the base schedule.
         - All of that is logged: to the logger "rlsched", to TensorBoard, and to `controller.interventions`.
         - A step without any gradient is passed on, warned about once, and does not count.
-        - The first step is taken at a thousandth of the learning rate, to learn whether the full one would diverge.
-          If even that goes too far, it is undone and repeated at a thousandth of a thousandth, and so on.
         - An optimizer without momentum (SGD's default) keeps it that way.
         - Where torch.distributed is initialized, all ranks of its default group train one model, and take the same
           steps and decisions: by the mean loss of those ranks that report one, and by the gradients of the whole
@@ -89,7 +121,8 @@ class ScheduledOptimizer(Optimizer):
         FileNotFoundError, PolicyFileError: the policy cannot be loaded.
     """
 
-    def __init__(self, optimizer: Optimizer, **options: Any) -> None:
+    @shows_options()
+    def __init__(self, optimizer: Optimizer, **options: Unpack[Options]) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, ScheduledOptimizer):
@@ -137,12 +170,12 @@ class ScheduledOptimizer(Optimizer):
                 loss = closure()
         elif isinstance(self.optimizer, LBFGS):
             raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
-        self.controller.before(loss)
+        self.controller.prepare_step(loss)
         if closure is None:
             self.optimizer.step()
         else:
             self.optimizer.step(_evaluated_once(closure, loss, self.controller))
-        self.controller.after()
+        self.controller.finish_step()
         return loss
 
     def observe(self, loss: Tensor | float) -> None:
@@ -190,14 +223,11 @@ class ScheduledOptimizer(Optimizer):
         return {"optimizer": self.optimizer, "controller": self.controller, "defaults": self.defaults}
 
     def __repr__(self) -> str:
-        controller = self.controller
-        return (
-            f"ScheduledOptimizer({self.optimizer!r},\n"
-            f"total_steps={controller.total_steps}, controls={controller.controls}, policy={controller.policy!r})"
-        )
+        return f"ScheduledOptimizer({self.optimizer!r},\n{self.controller!r})"
 
 
-def attach(optimizer: Optimizer, **options: Any) -> Controller:
+@shows_options()
+def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
     """Drive `optimizer` through step hooks: the object, its class and its state_dict stay the user's own.
 
     Args:
@@ -213,7 +243,9 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
         raise ValueError("optimizer is a ScheduledOptimizer already")
     controller = Controller(optimizer, **options)
 
-    def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before_step(
+        _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = dict(kwargs)
         this, *positional = args
         closure = kwargs.pop("closure", positional[0] if positional else None)
@@ -222,18 +254,18 @@ def attach(optimizer: Optimizer, **options: Any) -> Controller:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            controller.before(loss)
+            controller.prepare_step(loss)
         if closure is not None:  # known of the weights as they are now, rolled back perhaps
             kwargs["closure"] = _evaluated_once(closure, loss, controller)
         return (this,), kwargs
 
     @torch.no_grad()
-    def after(*_: Any) -> None:
-        controller.after()
+    def after_step(*_: Any) -> None:
+        controller.finish_step()
 
     # Left to a fused optimizer, GradScaler would pass on scaled gradients, and steps that are to be skipped.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-    controller._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    controller._handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
     return controller
 
 

@@ -1,77 +1,127 @@
-"""The frozen policy: a small network from observations to actions, in one pickle-free file."""
+"""What a scheduling policy is, and the one that is shipped: an actor in a pickle-free file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional
 
-from rlsched.control import CONTROL_NAMES, CONTROLS
-from rlsched.safety import Domain
-from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
-from rlsched.spec import VERSION
+from rlsched.actors import Actor, Memory, Perceptron, actor
+from rlsched.base_schedule import BaseSchedule, base_schedule
+from rlsched.control import CONTROLS
+from rlsched.signals import OBSERVATIONS
 
 SUFFIX = ".safetensors"
-ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+VERSION = 2  # of the file; raised as well when an observation or a control keeps its name but changes its meaning
 # Keys of the file's metadata; safetensors keeps strings only, so `SPEC` and `INFO` are JSON.
 SPEC, INFO, DIGEST = "rlsched.spec", "rlsched.info", "rlsched.sha256"
 
 
 class PolicyFileError(ValueError):
-    """A policy file that cannot be used: truncated, altered, or written for another spec."""
+    """A policy file that cannot be used: truncated, altered, or written for another rlsched."""
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Decides, given what it asked to see."""
+
+    observations: tuple[str, ...]  # that it uses, of `rlsched.signals.OBSERVATIONS`
+    controls: tuple[str, ...]  # that it moves, of `rlsched.control.CONTROLS`
+    safe_start: bool  # whether runs under it begin with a probe (`rlsched.schedule.probe`)
+    base_schedule: BaseSchedule  # what it modulates
+
+    @property
+    def digest(self) -> str:
+        """The same for the same decisions, and for no others."""
+
+    def begin(self, batch: tuple[int, ...] = ()) -> Memory:
+        """What it remembers at the start of runs of shape `batch`."""
+
+    def act(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        """The action in [−1, 1], (*batch, controls), and the new memory, for observations (*batch, observations)."""
+
+
+class Domain(NamedTuple):
+    """Where the observations lie that a policy was trained on."""
+
+    mean: Tensor  # (observations,)
+    whitening: Tensor  # (observations, observations): a whitened observation has the covariance 1
+    limit: Tensor  # 0-d: a distance that one of a thousand observations exceeds
+
+    @classmethod
+    def of(cls, observations: Tensor) -> Domain:
+        """The domain of observations (n, observations), of which there have to be many more than entries."""
+        x = observations.double()
+        mean = x.mean(0)
+        # An entry that hardly changed in training is taken to vary by a tenth: all of them are scaled to about 1.
+        variance, basis = torch.linalg.eigh(torch.cov(x.T) + 0.01 * torch.eye(x.shape[1], dtype=x.dtype))
+        domain = cls(mean.float(), (basis / variance.sqrt()).T.float(), torch.ones(()))
+        distances = domain.distance(observations)
+        return domain._replace(limit=distances.quantile(0.999))
+
+    def distance(self, observation: Tensor) -> Tensor:
+        """Mahalanobis distance from the mean, (*batch,)."""
+        return torch.linalg.vector_norm(functional.linear(observation - self.mean, self.whitening), dim=-1)
+
+    def influence(self, observation: Tensor) -> Tensor:
+        """What is left of an action, (*batch,), in (0, 1]: 1 inside, and falling with the square of the distance."""
+        return (self.limit / self.distance(observation).clamp(min=1e-12)).square().clamp(max=1)
 
 
 class SchedulePolicy:
-    """A deterministic scheduling policy: tanh or ReLU layers, then one linear layer, clipped to [-1, 1].
+    """A deterministic scheduling policy: the actions of an actor, clipped to [−1, 1], as far as they are to be trusted.
 
     Args:
-        weights: (weight, bias) of each layer, of shapes (out, in) and (out,), float32. The first `in` is the number
-            of observations, the last `out` the number of controls.
-        activation: "tanh" or "relu", between the layers.
-        safe_start: whether runs under this policy begin with the probe of `rlsched.control.safe_start`.
+        actor: decides; its weights are taken over as they are, in float32 on the host.
+        observations: names of what it sees, in the order of its inputs.
+        controls: names of what it moves, in the order of its outputs.
+        safe_start: whether runs under this policy begin with a probe (`rlsched.schedule.probe`).
         domain: where the observations lie that it was trained on; without one it is trusted everywhere.
+        base_schedule: the name of the schedule that it modulates, in `rlsched.base_schedule.BASE_SCHEDULES`.
         info: anything JSON can hold about how the policy was trained and how it scored.
+
+    Raises:
+        ValueError: there is no such observation, control or base schedule, or their numbers are not the actor's.
     """
 
     def __init__(
         self,
-        weights: list[tuple[Tensor, Tensor]],
+        actor: Actor,
+        observations: Sequence[str],
+        controls: Sequence[str],
         *,
-        activation: str = "tanh",
         safe_start: bool = True,
         domain: Domain | None = None,
+        base_schedule: str | BaseSchedule = "linear",
         info: dict[str, Any] | None = None,
     ) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        width = len(OBSERVATIONS)
-        for weight, bias in weights:
-            if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
-                raise ValueError(
-                    f"weights: a layer of shapes {tuple(weight.shape)} and {tuple(bias.shape)} does not take "
-                    f"the {width} values before it"
-                )
-            width = weight.shape[0]
-        if width != len(CONTROLS):
-            raise ValueError(f"weights: the last layer gives {width} actions, the spec has {len(CONTROLS)} controls")
-        self.weights = [(w.detach().cpu().float(), b.detach().cpu().float()) for w, b in weights]
-        self.activation = activation
+        self.observations = checked_names("observations", observations, OBSERVATIONS)
+        self.controls = checked_names("controls", controls, CONTROLS)
+        if (actor.inputs, actor.outputs) != (len(self.observations), len(self.controls)):
+            raise ValueError(
+                f"actor takes {actor.inputs} observations and gives {actor.outputs} actions, for "
+                f"{len(self.observations)} observations and {len(self.controls)} controls"
+            )
+        self.actor = actor.to("cpu", torch.float32).requires_grad_(False).eval()
         self.safe_start = safe_start
         self.domain = domain
+        self.base_schedule = _base_schedule(base_schedule)
         self.info = info or {}
 
     @classmethod
-    def zero(cls) -> SchedulePolicy:
-        """The policy that always stands still, and so gives the fallback schedule."""
-        layer = torch.zeros(len(CONTROLS), len(OBSERVATIONS)), torch.zeros(len(CONTROLS))
-        return cls([layer], safe_start=False, info={"name": "zero"})
+    def zero(cls, base_schedule: str | BaseSchedule = "linear") -> SchedulePolicy:
+        """The policy that always stands still, and so gives the base schedule."""
+        still = Perceptron(1, 1, ())
+        return cls(still, ("progress",), ("lr",), safe_start=False, base_schedule=base_schedule, info={"name": "zero"})
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> SchedulePolicy:
@@ -79,7 +129,7 @@ class SchedulePolicy:
 
         Raises:
             FileNotFoundError: there is neither such a name nor such a file.
-            PolicyFileError: the file is truncated, was altered, or belongs to another version of the spec.
+            PolicyFileError: the file is truncated, was altered, or needs what this rlsched does not have.
         """
         path = _resolve(name_or_path)
         try:
@@ -96,41 +146,32 @@ class SchedulePolicy:
         spec = json.loads(metadata[SPEC])
         if spec["version"] != VERSION:
             raise PolicyFileError(
-                f"{path} is for version {spec['version']} of the observations and actions, this rlsched has version "
-                f"{VERSION}: train the policy again, or install the rlsched it was made with"
+                f"{path} is of version {spec['version']} of policy files, this rlsched reads version {VERSION}: "
+                "train the policy again, or install the rlsched it was made with"
             )
-        for what, names in (("observations", OBSERVATION_NAMES), ("controls", CONTROL_NAMES)):
-            if tuple(spec[what]) != names:
-                differing = sorted(set(spec[what]) ^ set(names)) or "their order"
-                raise PolicyFileError(f"{path} has other {what} than this rlsched: {differing}")
-        layers = sum(key.endswith(".weight") for key in tensors)
-        weights = [(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(layers)]
-        domain = {name: tensors[_key(name)] for name in Domain._fields if _key(name) in tensors}
-        return cls(
-            weights,
-            activation=spec["activation"],
-            safe_start=spec["safe_start"],
-            domain=Domain(**domain) if domain else None,
-            info=json.loads(metadata[INFO]),
-        )
+        domain = {name: tensors.pop(_key(name)) for name in Domain._fields if _key(name) in tensors}
+        try:
+            made = actor(spec["actor"], len(spec["observations"]), len(spec["controls"]), **spec["actor_options"])
+            made.load_state_dict(tensors)
+            return cls(
+                made,
+                spec["observations"],
+                spec["controls"],
+                safe_start=spec["safe_start"],
+                domain=Domain(**domain) if domain else None,
+                base_schedule=spec["base_schedule"],
+                info=json.loads(metadata[INFO]),
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise PolicyFileError(f"{path} needs what this rlsched {_version()} does not have: {error}") from error
 
     def save(self, path: str | Path) -> Path:
         """Write the policy file; its folder is made if need be. Returns the path."""
         path = Path(path)
         if path.suffix != SUFFIX:
             raise ValueError(f"path must end in {SUFFIX}, got {str(path)!r}")
-        tensors = {}
-        for i, (weight, bias) in enumerate(self.weights):
-            tensors[f"{i}.weight"], tensors[f"{i}.bias"] = weight.contiguous(), bias.contiguous()
-        tensors |= self._domain_tensors()
-        spec = {
-            "version": VERSION,
-            "observations": OBSERVATION_NAMES,
-            "controls": CONTROL_NAMES,
-            "activation": self.activation,
-            "safe_start": self.safe_start,
-        }
-        metadata = {SPEC: json.dumps(spec), INFO: json.dumps(self.info)}
+        metadata = {SPEC: json.dumps(self._spec()), INFO: json.dumps(self.info)}
+        tensors = self._tensors()
         metadata[DIGEST] = _digest(tensors, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -138,40 +179,76 @@ class SchedulePolicy:
         partial.replace(path)
         return path
 
-    def act(self, observation: Tensor) -> Tensor:
-        """The action in [-1, 1], (*batch, controls), for observations of shape (*batch, observations)."""
-        with torch.no_grad():
-            x = observation
-            *hidden, (weight, bias) = self.weights
-            for w, b in hidden:
-                x = ACTIVATIONS[self.activation](torch.nn.functional.linear(x, w, b))
-            return torch.nn.functional.linear(x, weight, bias).clamp(-1, 1)
+    def begin(self, batch: tuple[int, ...] = ()) -> Memory:
+        """What it remembers at the start of runs of shape `batch`."""
+        return self.actor.begin(batch)
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that decides the actions: the same for the same policy, wherever it was saved."""
-        tensors = {f"{i}.{j}": t for i, layer in enumerate(self.weights) for j, t in enumerate(layer)}
-        tensors |= self._domain_tensors()
-        return _digest(tensors, {"activation": self.activation, "safe_start": str(self.safe_start)})
+    @torch.inference_mode()
+    def act(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        """The action in [−1, 1], (*batch, controls), and the new memory, for observations (*batch, observations)."""
+        action, memory = self.actor(observation, memory)
+        action = action.clamp(-1, 1)
+        return (action if self.domain is None else action * self.influence(observation).unsqueeze(-1)), memory
 
     def influence(self, observation: Tensor) -> Tensor:
-        """How far to trust an action, (*batch,), in (0, 1]: 1 where the policy was trained."""
+        """How far the actions are trusted, (*batch,), in (0, 1]: 1 where the policy was trained."""
         if self.domain is None:
             return observation.new_ones(observation.shape[:-1])
         return self.domain.influence(observation)
 
-    def _domain_tensors(self) -> dict[str, Tensor]:
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the actions: the same for the same policy, wherever it was saved."""
+        return _digest(self._tensors(), {SPEC: json.dumps(self._spec())})
+
+    def _spec(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "observations": self.observations,
+            "controls": self.controls,
+            "actor": self.actor.name,
+            "actor_options": {"hidden": self.actor.hidden, "activation": self.actor.activation},
+            "safe_start": self.safe_start,
+            "base_schedule": self.base_schedule.name,
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
         domain = {} if self.domain is None else self.domain._asdict()
-        return {_key(name): tensor.contiguous() for name, tensor in domain.items()}
+        tensors = {**self.actor.state_dict(), **{_key(name): tensor for name, tensor in domain.items()}}
+        return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
     def __repr__(self) -> str:
-        widths = [len(OBSERVATIONS), *(bias.numel() for _, bias in self.weights)]
-        return f"SchedulePolicy({'-'.join(map(str, widths))}, {self.activation}, sha256={self.digest[:12]})"
+        widths = "-".join(map(str, (self.actor.inputs, *self.actor.hidden, self.actor.outputs)))
+        return (
+            f"SchedulePolicy({self.actor.name} {widths}, {self.actor.activation}, {self.base_schedule.name}, "
+            f"sha256={self.digest[:12]})"
+        )
 
 
 def available() -> list[str]:
     """Names of the shipped policies."""
     return sorted(f.name.removesuffix(SUFFIX) for f in _shipped().iterdir() if f.name.endswith(SUFFIX))
+
+
+def checked_names(argument: str, names: Sequence[str], known: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names as a tuple.
+
+    Raises:
+        ValueError: one of them is not known, or there twice, or they are a single string.
+    """
+    unknown = [names] if isinstance(names, str) else [name for name in names if name not in known]
+    if unknown or len(set(names)) < len(names):
+        raise ValueError(f"{argument} must be some of {tuple(known)}, each once, got {names!r}")
+    return tuple(names)
+
+
+_base_schedule = base_schedule  # which is the name of an argument too
+
+
+def _version() -> str:
+    from rlsched import __version__
+
+    return __version__
 
 
 def _key(name: str) -> str:
@@ -180,7 +257,7 @@ def _key(name: str) -> str:
 
 
 def _shipped() -> Any:
-    return resources.files("rlsched.agents").joinpath("pretrained")
+    return resources.files("rlsched").joinpath("pretrained")
 
 
 def _resolve(name_or_path: str | Path) -> Path:
@@ -196,7 +273,7 @@ def _resolve(name_or_path: str | Path) -> Path:
     )
 
 
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     sha = hashlib.sha256()
     for key in sorted(tensors):
         sha.update(f"{key}{tuple(tensors[key].shape)}".encode())

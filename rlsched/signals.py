@@ -1,20 +1,25 @@
-"""From the moments of a window to the observation that a policy sees.
+"""From the moments of a window to the observation that a policy sees. Every observation is an entry in `OBSERVATIONS`.
 
-Pure functions on tensors of shape `(*batch,)`: the environment calls them for N networks, the optimizer wrapper
-for one. Every observation is dimensionless, bounded, and scaled by fixed numbers, so that there is no running
-normaliser to save, to lose or to disagree about.
+Pure functions for one run (numbers are floats) and for N at once (tensors of shape (*batch,)): the environment and the
+optimizer wrapper call the same ones. Every observation is dimensionless, bounded, and scaled by fixed numbers, so that
+there is no running normaliser to save, to lose or to disagree about.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlsched.control import CLIP, LR, MOMENTUM
+from rlsched import moments
+from rlsched.control import CONTROLS, Control
 from rlsched.moments import Moments
-from rlsched.spec import Observation
+from rlsched.number import Number, Series, clamp, deviation, each, isnan, log, mean, where
 
 FAST, SLOW = 0.4, 0.1  # weight of a new window in the running averages of the log loss
 LONGEST_INTERVAL = 32.0  # inner steps; a longer window looks like this one to the policy
@@ -23,181 +28,256 @@ LONGEST_INTERVAL = 32.0  # inner steps; a longer window looks like this one to t
 class Run(NamedTuple):
     """What is known of a run before it starts, each (*batch,)."""
 
-    total_steps: Tensor  # inner steps
-    interval: Tensor  # inner steps in a window
-    adaptive: Tensor  # +1 for optimizers that divide by a second moment (Adam, RMSprop), −1 for the others (SGD)
+    total_steps: Number  # inner steps
+    interval: Number  # inner steps in a window
+    adaptive: Number  # +1 for optimizers that divide by a second moment (Adam, RMSprop), −1 for the others (SGD)
+    sums_gradients: Number  # 1 where momentum is a sum of gradients (SGD, RMSprop), 0 where it is their average
 
 
-class History(NamedTuple):
-    """What is remembered from one window to the next, each (*batch,); NaN until it was first seen."""
+class Summary(NamedTuple):
+    """A window in a few numbers, each (*batch,); NaN where nothing was measured."""
 
-    first_loss: Tensor  # log loss of the first window
-    fast_loss: Tensor  # running averages of the log loss
-    slow_loss: Tensor
-    first_norm: Tensor  # log gradient norm at the end of the first window
+    loss: Number  # mean log loss
+    grad_norm: Number  # mean log gradient norm
+    clipped: Number  # share of the inner steps
+    grad_cosine: Number
+    momentum_cosine: Number
+    update_ratio: Number  # mean logarithm
+    predicted_decrease: Number  # mean logarithm
+    loss_std: Number  # of the logarithm
+    grad_norm_std: Number  # of the logarithm
+    loss_trend: Number  # mean log loss of the window's second half minus that of its first half
+    last_grad_norm: Number  # last log gradient norm
 
 
 class Readings(NamedTuple):
-    """What an observation's formula may read, each (*batch,)."""
+    """What the formula of an observation may read."""
 
+    window: Summary
     run: Run
-    history: History
-    step: Tensor  # inner steps done
-    control: Tensor  # control state, (*batch, controls)
-    loss: Tensor  # mean log loss of the window
-    loss_std: Tensor
-    loss_trend: Tensor  # mean of the window's second half minus its first half
-    grad_norm: Tensor  # last log gradient norm of the window
-    grad_norm_std: Tensor
-    clipped: Tensor
-    grad_cosine: Tensor
-    momentum_cosine: Tensor
-    update_ratio: Tensor  # mean logarithm
-    predicted_decrease: Tensor  # mean logarithm
+    step: Number  # inner steps done
+    control: Mapping[str, Number]  # states of the controls
+    history: Mapping[str, Number]  # values of `TRACES`
 
 
-OBSERVATIONS = (
-    Observation("progress", "inner steps done / total steps", 0, 1, lambda r: r.step / r.run.total_steps),
-    Observation(
-        "decisions_left",
-        "log of the windows that are left, / 4",
-        0,
-        2,
-        lambda r: ((r.run.total_steps - r.step) / r.run.interval).clamp(min=1).log() / 4,
-    ),
-    Observation(
-        "decisions",
-        "log of the windows in the run, − 4",
-        -4,
-        4,
-        lambda r: (r.run.total_steps / r.run.interval).log() - 4,
-    ),
-    Observation(
-        "interval",
-        f"log of the inner steps in a window (at most {LONGEST_INTERVAL:g}), / 3",
-        0,
-        1.2,
-        lambda r: r.run.interval.clamp(max=LONGEST_INTERVAL).log() / 3,
-    ),
-    Observation(
-        "loss_vs_fast",
-        "log loss minus its fast running average, × 2",
-        -2,
-        2,
-        lambda r: 2 * (r.loss - r.history.fast_loss),
-    ),
-    Observation(
-        "loss_vs_slow", "log loss minus its slow running average", -3, 3, lambda r: r.loss - r.history.slow_loss
-    ),
-    Observation(
-        "loss_vs_first",
-        "log loss minus that of the first window, / 2",
-        -5,
-        5,
-        lambda r: (r.loss - r.history.first_loss) / 2,
-    ),
-    Observation("loss_noise", "standard deviation of the log loss, × 3", 0, 2, lambda r: 3 * r.loss_std),
-    Observation(
-        "loss_trend",
-        "log loss of the window's second half minus that of its first half, × 5",
-        -1,
-        1,
-        lambda r: 5 * r.loss_trend,
-    ),
-    Observation("grad_cosine", "cosine of successive gradients, × 2", -2, 2, lambda r: 2 * r.grad_cosine),
-    Observation("momentum_cosine", "cosine of gradient and momentum, × 2", -2, 2, lambda r: 2 * r.momentum_cosine),
-    Observation(
-        "update_ratio",
-        "log of the norm of the update over that of the weights, (+ 5) / 3",
-        -4,
-        4,
-        lambda r: (r.update_ratio + 5) / 3,
-    ),
-    Observation(
-        "predicted_decrease",
-        "log of the decrease that the gradient predicts for the update, over the loss, (+ 5) / 3",
-        -4,
-        4,
-        lambda r: (r.predicted_decrease + 5) / 3,
-    ),
-    Observation(
-        "grad_norm_change",
-        "log gradient norm minus that of the first window",
-        -3,
-        3,
-        lambda r: r.grad_norm - r.history.first_norm,
-    ),
-    Observation("grad_norm_noise", "standard deviation of the log gradient norm", 0, 3, lambda r: r.grad_norm_std),
-    Observation("clip_fraction", "share of the inner steps that were clipped", 0, 1, lambda r: r.clipped),
-    Observation("momentum", "state of the momentum control, − 1", -1, 2, lambda r: r.control[..., MOMENTUM] - 1),
-    Observation("clip", "state of the clip control, / 2", 0, 1.5, lambda r: r.control[..., CLIP] / 2),
-    Observation("adaptive", "+1 for Adam and its relatives, −1 for SGD", -1, 1, lambda r: r.run.adaptive),
-    Observation("lr", "state of the lr control, / 5", -1.4, 1.4, lambda r: r.control[..., LR] / 5),
-)
-OBSERVATION_NAMES = tuple(observation.name for observation in OBSERVATIONS)
+History = dict[str, Number]  # a value for each of `TRACES`, (*batch,); NaN until it was first seen
 
 
-def start(batch: torch.Size | tuple[int, ...] = (), device: torch.device | None = None) -> History:
-    """The history of runs that have not begun."""
-    unseen = torch.full((len(History._fields), *batch), torch.nan, dtype=torch.float32, device=device)
-    return History(*unseen.unbind())
+@dataclass(frozen=True)
+class Trace:
+    """Something that is remembered from one window to the next.
+
+    Its value is NaN until `seen` first gives a number, which it then has in that same window. After each window it
+    moves by `weight` of the way to what is seen: 0 keeps the first one forever.
+    """
+
+    seen: Callable[[Summary], Number]
+    weight: Callable[[Run], Number] = lambda run: 0.0
 
 
-def observe(window: Moments, run: Run, history: History, step: Tensor, control: Tensor) -> tuple[Tensor, History]:
+TRACES: Mapping[str, Trace] = {
+    "first_loss": Trace(lambda w: w.loss),
+    "fast_loss": Trace(lambda w: w.loss, lambda run: FAST),
+    "slow_loss": Trace(lambda w: w.loss, lambda run: SLOW),
+    "first_norm": Trace(lambda w: w.last_grad_norm),
+}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One entry of the observation vector: dimensionless, and always within [low, high]."""
+
+    name: str
+    meaning: str
+    low: float
+    high: float
+    formula: Callable[[Readings], Number]  # NaN where it is not known
+    unknown: float = 0.0  # what the policy sees then
+
+
+def _state_of(control: Control) -> Observation:
+    shift, scale, low, high, words = control.seen
+    return Observation(
+        control.name,
+        f"state of the {control.name} control, {words}",
+        low,
+        high,
+        lambda r: (r.control[control.name] - shift) / scale,
+    )
+
+
+OBSERVATIONS: Mapping[str, Observation] = {
+    observation.name: observation
+    for observation in (
+        Observation("progress", "inner steps done / total steps", 0, 1, lambda r: r.step / r.run.total_steps),
+        Observation(
+            "decisions_left",
+            "log of the windows that are left, / 4",
+            0,
+            2,
+            lambda r: log(clamp((r.run.total_steps - r.step) / r.run.interval, low=1.0)) / 4,
+        ),
+        Observation(
+            "decisions",
+            "log of the windows in the run, − 4",
+            -4,
+            4,
+            lambda r: log(r.run.total_steps / r.run.interval) - 4,
+        ),
+        Observation(
+            "interval",
+            f"log of the inner steps in a window (at most {LONGEST_INTERVAL:g}), / 3",
+            0,
+            1.2,
+            lambda r: log(clamp(r.run.interval, high=LONGEST_INTERVAL)) / 3,
+        ),
+        Observation(
+            "loss_vs_fast",
+            "log loss minus its fast running average, × 2",
+            -2,
+            2,
+            lambda r: 2 * (r.window.loss - r.history["fast_loss"]),
+        ),
+        Observation(
+            "loss_vs_slow",
+            "log loss minus its slow running average",
+            -3,
+            3,
+            lambda r: r.window.loss - r.history["slow_loss"],
+        ),
+        Observation(
+            "loss_vs_first",
+            "log loss minus that of the first window, / 2",
+            -5,
+            5,
+            lambda r: (r.window.loss - r.history["first_loss"]) / 2,
+        ),
+        Observation("loss_noise", "standard deviation of the log loss, × 3", 0, 2, lambda r: 3 * r.window.loss_std),
+        Observation(
+            "loss_trend",
+            "log loss of the window's second half minus that of its first half, × 5",
+            -1,
+            1,
+            lambda r: 5 * r.window.loss_trend,
+        ),
+        Observation("grad_cosine", "cosine of successive gradients, × 2", -2, 2, lambda r: 2 * r.window.grad_cosine),
+        Observation(
+            "momentum_cosine", "cosine of gradient and momentum, × 2", -2, 2, lambda r: 2 * r.window.momentum_cosine
+        ),
+        Observation(
+            "update_ratio",
+            "log of the norm of the update over that of the weights, (+ 5) / 3",
+            -4,
+            4,
+            lambda r: (r.window.update_ratio + 5) / 3,
+        ),
+        Observation(
+            "predicted_decrease",
+            "log of the decrease that the gradient predicts for the update, over the loss, (+ 5) / 3",
+            -4,
+            4,
+            lambda r: (r.window.predicted_decrease + 5) / 3,
+        ),
+        Observation(
+            "grad_norm_change",
+            "log gradient norm minus that of the first window",
+            -3,
+            3,
+            lambda r: r.window.last_grad_norm - r.history["first_norm"],
+        ),
+        Observation(
+            "grad_norm_noise", "standard deviation of the log gradient norm", 0, 3, lambda r: r.window.grad_norm_std
+        ),
+        Observation("clip_fraction", "share of the inner steps that were clipped", 0, 1, lambda r: r.window.clipped),
+        Observation("adaptive", "+1 for Adam and its relatives, −1 for SGD", -1, 1, lambda r: r.run.adaptive),
+        *(_state_of(control) for control in CONTROLS.values()),
+    )
+}
+OBSERVATION_NAMES = tuple(OBSERVATIONS)
+
+
+def start(like: Number = math.nan) -> History:
+    """The history of runs that have not begun; of N runs `like` is a tensor (N,)."""
+    return {name: math.nan * like for name in TRACES}
+
+
+def summarise(window: Moments) -> Summary:
+    """The numbers of a window (*batch, steps) that observations are made of."""
+    log_loss, log_norm = each(log, window.loss), each(log, window.grad_norm)
+    loss, grad_norm = mean(log_loss), mean(log_norm)
+    half = (log_loss.shape[-1] if isinstance(log_loss, Tensor) else len(log_loss)) // 2
+    measured = moments.last_steps(window)
+    return Summary(
+        loss=loss,
+        grad_norm=grad_norm,
+        clipped=mean(window.clipped),
+        grad_cosine=mean(moments.grad_cosine(measured)),
+        momentum_cosine=mean(moments.momentum_cosine(measured)),
+        update_ratio=mean(each(lambda x: log(clamp(x, low=1e-12)), moments.update_ratio(measured))),
+        predicted_decrease=mean(each(lambda x: log(clamp(x, low=1e-7)), moments.predicted_decrease(measured))),
+        loss_std=deviation(log_loss, loss),
+        grad_norm_std=deviation(log_norm, grad_norm),
+        loss_trend=mean(_part(log_loss, half, None)) - mean(_part(log_loss, None, half)),
+        last_grad_norm=log_norm[..., -1] if isinstance(log_norm, Tensor) else log_norm[-1],
+    )
+
+
+def observe(
+    names: Sequence[str],
+    window: Summary,
+    run: Run,
+    history: History,
+    step: Number,
+    control: Mapping[str, Number],
+) -> tuple[Tensor, History]:
     """The observation at the end of a window, and the history to pass on to the next.
 
     Args:
-        window: moments of the window's inner steps, each (*batch, steps); NaN where not measured.
+        names: the observations to make, of `OBSERVATIONS`.
+        window: the summary of the window.
         run: the run's constants.
-        history: what the previous call returned, or `start(batch)`.
+        history: what the previous call returned, or `start()`.
         step: inner steps done, (*batch,).
-        control: control state that held in the window, (*batch, controls).
+        control: states of the controls that held in the window, each (*batch,).
 
     Returns:
-        The observation, (*batch, len(OBSERVATIONS)), 0 where nothing was measured; and the new history.
+        The observation, (*batch, len(names)), float32, and the new history.
     """
-    logs = _log(torch.stack([window.loss, window.grad_norm]))
-    (log_loss, log_norm), stds = logs, _nanstd(logs)
-    half = log_loss.shape[-1] // 2
-    ratio, decrease = window.update_ratio.clamp(min=1e-12).log(), window.predicted_decrease.clamp(min=1e-7).log()
-    averaged = [log_loss, window.clipped, window.grad_cosine, window.momentum_cosine, ratio, decrease]
-    loss, clipped, grad_cosine, momentum_cosine, update_ratio, predicted_decrease = torch.stack(averaged).nanmean(-1)
-    grad_norm = log_norm[..., -1]
-    seen = torch.stack(history)
-    history = History(*torch.where(seen.isnan(), torch.stack([loss, loss, loss, grad_norm]), seen))
-    readings = Readings(
-        run=run,
-        history=history,
-        step=step,
-        control=control,
-        loss=loss,
-        loss_std=stds[0],
-        loss_trend=log_loss[..., half:].nanmean(-1) - log_loss[..., :half].nanmean(-1),
-        grad_norm=grad_norm,
-        grad_norm_std=stds[1],
-        clipped=clipped,
-        grad_cosine=grad_cosine,
-        momentum_cosine=momentum_cosine,
-        update_ratio=update_ratio,
-        predicted_decrease=predicted_decrease,
-    )
-    observation = torch.stack([o.formula(readings) for o in OBSERVATIONS], -1)
-    low, high = (observation.new_tensor([getattr(o, bound) for o in OBSERVATIONS]) for bound in ("low", "high"))
-    return torch.nan_to_num(observation, nan=0.0).clamp(low, high), _remember(history, loss)
+    seen = {name: trace.seen(window) for name, trace in TRACES.items()}
+    history = {name: where(isnan(history[name]), value, history[name]) for name, value in seen.items()}
+    readings = Readings(window, run, step, control, history)
+    values = [OBSERVATIONS[name].formula(readings) for name in names]
+    like = run.total_steps
+    if isinstance(like, Tensor):
+        low, high, unknown = _bounds(tuple(names), like.device)
+        observation = torch.stack([value.expand(like.shape) for value in values], -1)
+        observation = torch.where(observation.isnan(), unknown, observation).clamp(low, high).float()
+    else:
+        entries = [OBSERVATIONS[name] for name in names]
+        bounded = [e.unknown if isnan(v) else clamp(v, e.low, e.high) for e, v in zip(entries, values, strict=True)]
+        observation = torch.tensor(bounded, dtype=torch.float32, device="cpu")
+    return observation, {name: _moved(history[name], seen[name], TRACES[name].weight(run)) for name in TRACES}
 
 
-def _remember(history: History, loss: Tensor) -> History:
-    fast, slow = torch.lerp(history.fast_loss, loss, FAST), torch.lerp(history.slow_loss, loss, SLOW)
-    return history._replace(
-        fast_loss=torch.where(loss.isnan(), history.fast_loss, fast),
-        slow_loss=torch.where(loss.isnan(), history.slow_loss, slow),
-    )
+def observation_table(observations: Iterable[Observation]) -> str:
+    """The observations as a Markdown table, for documentation."""
+    rows = [
+        f"| {i} | `{o.name}` | {o.low:g} | {o.high:g} | {o.unknown:g} | {o.meaning} |"
+        for i, o in enumerate(observations)
+    ]
+    return "\n".join(["| # | observation | min | max | unknown | meaning |", "|--:|---|--:|--:|--:|---|", *rows])
 
 
-def _log(x: Tensor) -> Tensor:
-    """Logarithm; NaN where x has none."""
-    return torch.where((x > 0) & x.isfinite(), x, torch.nan).log()
+@lru_cache
+def _bounds(names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    rows = [[getattr(OBSERVATIONS[n], what) for n in names] for what in ("low", "high", "unknown")]
+    low, high, unknown = torch.tensor(rows, dtype=torch.float32, device=device)
+    return low, high, unknown
 
 
-def _nanstd(x: Tensor) -> Tensor:
-    return (x - x.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
+def _moved(value: Number, seen: Number, weight: Number) -> Number:
+    return where(isnan(seen), value, value + weight * (seen - value))
+
+
+def _part(series: Series, start: int | None, stop: int | None) -> Series:
+    return series[..., start:stop] if isinstance(series, Tensor) else series[start:stop]

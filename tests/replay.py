@@ -5,9 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from rlsched.envs.draws import minibatch_rows
+from rlsched.envs.optimizers import OPTIMIZERS
 from rlsched.envs.sources import Points
 from rlsched.envs.tasks import InnerTask, TrainingSetup
 
@@ -28,14 +28,9 @@ class Episode(NamedTuple):
 
     def optimizer(self):
         """The optimizer of the set-up, from torch.optim."""
-        _, name, lr, momentum, weight_decay, *_ = self.setup
         parameters = [p for p in self.network.parameters() if p.requires_grad]
-        if name in ("Adam", "AdamW"):
-            kind = {"Adam": Adam, "AdamW": AdamW}[name]
-            return kind(parameters, lr, (momentum, 0.999), weight_decay=weight_decay)
-        if name == "RMSprop":
-            return RMSprop(parameters, lr, momentum=momentum, weight_decay=weight_decay)
-        return SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=name == "Nesterov")
+        setup = self.setup
+        return OPTIMIZERS[setup.optimizer].make(parameters, setup.lr, setup.momentum, setup.weight_decay)
 
     def losses(self):
         """The loss of each inner step, without the loss scale; the caller trains on it before it asks for the next."""

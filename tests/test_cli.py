@@ -1,6 +1,10 @@
 """The `rlsched` command."""
 
+import sys
+
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 import rlsched
 from rlsched import SchedulePolicy
@@ -11,8 +15,18 @@ from rlsched.envs.sources import TeacherStudent
 
 SOURCE = TeacherStudent(inputs=6, classes=3, points=(32, 64), validation_points=16)
 TASK = classifier(SOURCE, (8,), batch_size=8, interval=4, setup=SetupDistribution(decisions=(6, 9)))
-SIZES = {"num-envs": 8, "n-steps": 4, "batch-size": 16, "decisions": 64, "processes": 1, "eval-episodes": 4}
+SIZES = {"num-envs": 8, "n-steps": 4, "batch-size": 16, "timesteps": 64, "processes": 1, "eval-episodes": 4}
 TINY = ["--tasks", f"{__name__}:TASK", *(word for name, value in SIZES.items() for word in (f"--{name}", str(value)))]
+
+MODULE = """
+from functools import partial
+import torch
+from torch import nn
+from rlsched.envs import InnerTask, SetupDistribution
+
+POINTS = torch.linspace(-1, 1, 60).view(20, 3), torch.arange(20) % 4
+MINE = InnerTask(partial(nn.Linear, 3, 4), POINTS, batch_size=4, interval=4, setup=SetupDistribution(decisions=(3, 5)))
+"""
 
 
 def test_train_compare_export_work_on_each_others_output(tmp_path, capsys):
@@ -38,6 +52,7 @@ def test_train_compare_export_work_on_each_others_output(tmp_path, capsys):
         str(out),
     ]
     assert main(["compare", *arguments]) == 0
+    assert torch.get_num_threads() == 1, "the user had chosen it: two on a busy machine can be ten times slower"
     printed = capsys.readouterr().out
     assert "digits, adam, 5 steps" in printed
     for name in ("table.md", "plot.png", "runs.jsonl", "tensorboard"):
@@ -45,14 +60,35 @@ def test_train_compare_export_work_on_each_others_output(tmp_path, capsys):
         assert (out / name).exists()
 
 
+def test_tasks_in_a_module_of_this_folder(tmp_path, monkeypatch, capsys):
+    """The installed command, unlike `python -m`, does not look there by itself; a user's own tasks lie nowhere else."""
+    (tmp_path / "my_tasks_here.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    monkeypatch.delitem(sys.modules, "my_tasks_here", raising=False)
+    monkeypatch.setattr("rlsched.agents.ppo.episode_paths", lambda policy, zero: Figure((1, 1)))  # takes seconds
+    sizes = [word for word in TINY if word not in TINY[:2]]
+    options = ["--observations", "progress", "loss_trend", "--controls", "lr", "clip", "--hidden", "4"]
+    assert main(["train", "--run-dir", "run", "--tasks", "my_tasks_here:MINE", *sizes, *options]) == 0
+    policy = SchedulePolicy.load("run/policy.safetensors")
+    assert (policy.observations, policy.controls) == (("progress", "loss_trend"), ("lr", "clip"))
+    compared = ["--tasks", "my_tasks_here:MINE", "--steps", "4", "--seeds", "1", "--optimizers", "sgd", "--out", "out"]
+    assert main(["compare", "--policy", "run/policy.safetensors", *compared]) == 0
+    assert "my_tasks_here:MINE, sgd, 4 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "--preset", "huge"], "preset"),
         (["train", "--tasks", "imagenet"], "tasks"),
-        (["train", "--decisions", "0"], "decisions"),
+        (["train", "--timesteps", "0"], "timesteps"),
         (["train", "--reward", "loss"], "reward"),
         (["train", "--device", "nowhere"], "device"),
+        (["train", "--observations", "progress", "mood"], "observations"),
+        (["train", "--controls", "mood"], "controls"),
+        (["train", "--base-schedule", "mood"], "base_schedule"),
+        (["train", "--actor", "mood"], "actor"),
         (["compare", "--policy", "nothing.safetensors"], "nothing.safetensors"),
         (["compare", "--policy", "nobody"], "nobody"),
         (["compare", "--tasks", "imagenet"], "tasks"),

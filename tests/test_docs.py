@@ -1,15 +1,34 @@
 """The documentation agrees with the code."""
 
+import ast
 import re
 import runpy
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+
+from rlsched import actors, base_schedule, cli, control, signals
+from rlsched.actors import ACTORS
+from rlsched.agents import TrainConfig
+from rlsched.base_schedule import BASE_SCHEDULES
+from rlsched.control import CONTROLS
+from rlsched.envs import mixtures
+from rlsched.signals import OBSERVATIONS
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SUPPORT = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("rlsched/pretrained/*.md")]
+}
+README, SUPPORT = PAGES["README.md"], PAGES["docs/support.md"]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(
+    r"^(?:\.venv/bin/)?rlsched .*", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)), re.MULTILINE
+)
+LINK = re.compile(r"\]\((?!http)([^)# ]*)(?:#([^) ]+))?(?: \".*?\")?\)")
 
 
 @pytest.mark.parametrize("name", ["spec.md", "tasks.md"])
@@ -36,10 +55,72 @@ def test_readme_environment_runs(tmp_path):
         names["envs"].reset(seed=0)
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
-def test_readme_links_lead_somewhere(path):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_command_is_understood(command):
+    """An option that was renamed would end what a newcomer pastes with a usage message."""
+    cli._parser().parse_args(shlex.split(command, comments=True)[1:])
+
+
+def test_readme_options_and_settings_exist():
+    """In the middle of a sentence too, an option has to be one."""
+    verbs = cli._parser()._subparsers._group_actions[0].choices.values()
+    options = {name for verb in verbs for action in verb._actions for name in action.option_strings}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= options | {"--logdir"}  # of TensorBoard
+    calls = [node for snippet in SNIPPETS for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+    settings = [k.arg for call in calls if ast.unparse(call.func) == "TrainConfig" for k in call.keywords]
+    assert settings and set(settings) <= {field.name for field in fields(TrainConfig)}
+
+
+@pytest.mark.parametrize(
+    "page, path, place", sorted({(name, *link) for name, text in PAGES.items() for link in LINK.findall(text)})
+)
+def test_link_leads_somewhere(page, path, place):
     """A dead link or a missing picture is the first thing that a reader sees."""
-    assert (ROOT / path).exists()
+    target = (ROOT / page).parent / path if path else ROOT / page
+    assert target.exists()
+    if place:
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE)
+        assert place in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    """A reader would look for a file that was moved long ago."""
+    named = re.findall(r"`((?:rlsched|envs|agents|experiments|docs|tests)/[\w./-]*(?:/|\.\w+))`", PAGES[page])
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_entry_is_in_the_tables():
+    """What can be chosen by name has to be found by name."""
+    entries = [*OBSERVATIONS, *CONTROLS, *BASE_SCHEDULES, *ACTORS]
+    assert [name for name in entries if f"| `{name}` |" not in PAGES["docs/spec.md"]] == []
+
+
+def test_what_is_to_be_added_can_be(monkeypatch):
+    """Directions that were right for another version cost more than none.
+
+    Each example is run where it belongs: its classes, and its last line, which is the new entry.
+    """
+    made = []
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["docs/architecture.md"], re.DOTALL)
+    for home, block in zip((signals, control, base_schedule, actors, mixtures), blocks, strict=True):
+        names, tree = dict(vars(home)), ast.parse(block)
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                exec(ast.unparse(node), names)
+                made.append(names[node.name])
+        if isinstance(tree.body[-1], ast.Expr):
+            made.append(eval(ast.unparse(tree.body[-1]), names))
+    observation, _, new_control, schedule, new_actor, task = made
+    assert observation.low < observation.high
+    new_control.decide(values := {}, 0.3, 0.0, 1)
+    assert values == {new_control.name: 0.3}
+    assert max(schedule.factor(n, 100) for n in range(100)) == 1
+    monkeypatch.setitem(ACTORS, new_actor.name, new_actor)
+    act = actors.actor(new_actor.name, 3, 2, (4, 5))
+    action, memory = act(torch.ones(6, 3), act.begin((6,)))
+    assert action.shape == (6, 2) and memory.shape == act.begin((6,)).shape
+    assert task.loss(task.network()(torch.ones(2, 24)), torch.ones(2, 1)).shape == ()
 
 
 @pytest.mark.parametrize("path, name", sorted(set(re.findall(r"\]\((\S+?)(?: \"(.*?)\")?\)", SUPPORT))))

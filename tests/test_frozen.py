@@ -13,7 +13,8 @@ from test_resume import saved_and_loaded
 from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 
 from rlsched import FrozenSchedule, ScheduledOptimizer, SchedulePolicy, attach
-from rlsched.control import CONTROLS, LR, PROBE
+from rlsched.control import LR
+from rlsched.schedule import PROBE, with_lr
 
 STEPS, DECISIONS = 60, 20  # windows of 3 after the probe, a last one of 2
 OPTIONS = {"total_steps": STEPS, "decisions": DECISIONS}
@@ -91,17 +92,17 @@ def test_all_controls_are_those_of_the_run(name, lr):
     hyperparameters, multiples = [], []
     for step in range(STEPS):
         hyperparameters += train(model, optimizer, [step])
-        multiples.append(optimizer.controller._multiple)
+        multiples.append(optimizer.controller.groups.decided[0]["clip"])
     schedule = optimizer.freeze()
     windows = np.searchsorted(schedule.steps, range(STEPS), side="right") - 1
-    momenta = np.array(schedule.momenta)[windows]
+    momenta = np.array(schedule.values["momentum"])[windows]
     assert momenta.tolist() == [groups[0][1] for groups in hyperparameters]
-    assert np.array(schedule.clip_multiples)[windows].tolist() == multiples
+    assert np.array(schedule.values["clip"])[windows].tolist() == multiples
     assert len(set(multiples)) > 3
     growth = (1 - momenta) / (1 - 0.9) if name == "SGD" else 1
     lrs = lr * np.array([schedule(step) for step in range(STEPS)]) * growth
     np.testing.assert_allclose(lrs, [groups[0][0] for groups in hyperparameters], rtol=1e-12)
-    assert (optimizer.controller.lr_offset < 0) == (lr == 1e9)
+    assert (optimizer.controller.state.lr_offset < 0) == (lr == 1e9)
 
 
 @pytest.mark.parametrize("total_steps", [1, 2, 7, 250])
@@ -116,7 +117,7 @@ def test_zero_policy_freezes_to_linear_decay(total_steps):
     steps = range(total_steps)
     assert [schedule(n) for n in steps] == pytest.approx([1 - n / total_steps for n in steps], rel=1e-12)
     assert schedule(total_steps + 5) == schedule(total_steps - 1)
-    assert set(schedule.momenta) == {0}
+    assert set(schedule.values["momentum"]) == {0}
 
 
 @pytest.mark.parametrize(("stop", "lr"), [(0, 0.1), (1, 0.1), (59, 0.1), (20, 1e9)])
@@ -139,7 +140,8 @@ def test_cut_that_the_control_cannot_reach_is_frozen():
     """A run that only survived since its learning rate was cut would diverge when replayed."""
     model = network()
     optimizer = scheduled(model, policy=SchedulePolicy.zero())
-    optimizer.controller.control_state[LR] = CONTROLS[LR].low + 1  # taken up at the first decision, before step 1
+    controller = optimizer.controller
+    controller.state = with_lr(controller.state, LR.low + 1)  # taken up at the first decision, before step 1
     hyperparameters = train(model, optimizer, range(4))
     for _ in range(4, 7):
         for p in model.parameters():
@@ -147,7 +149,7 @@ def test_cut_that_the_control_cannot_reach_is_frozen():
         optimizer.step(loss=math.nan)
     hyperparameters += train(model, optimizer, range(7, STEPS))
     schedule = optimizer.freeze()
-    cut = math.exp(CONTROLS[LR].low + 1) / 10
+    cut = math.exp(LR.low + 1) / 10
     assert [schedule(n) for n in range(7, STEPS)] == pytest.approx([cut * (1 - n / STEPS) for n in range(7, STEPS)])
     lrs = [groups[0][0] for groups in hyperparameters]
     assert [0.1 * schedule(n) for n in (*range(4), *range(7, STEPS))] == pytest.approx(lrs, rel=1e-12)
@@ -164,7 +166,7 @@ def test_unfinished_run_holds_its_last_decision():
         controller.optimizer.step()
     with pytest.warns(UserWarning, match="step 12 of 60: its last decision is held"):
         schedule = controller.freeze()
-    held = math.exp(controller.control_state[0])
+    held = math.exp(controller.state.control["lr"])
     steps = range(10, STEPS)
     assert [schedule(n) for n in steps] == pytest.approx([(1 - n / STEPS) * held for n in steps], rel=1e-12)
 
@@ -230,8 +232,8 @@ def test_lambda_lr_goes_on_from_its_state(schedule):
 
 DAMAGES = {
     "truncated": (lambda text: text[:100], "holds no schedule"),
-    "no object": (lambda text: "[1, 2]", "version 1"),
-    "another version": (lambda text: text.replace('"version": 1', '"version": 2'), "version 1"),
+    "no object": (lambda text: "[1, 2]", "version 2"),
+    "another version": (lambda text: text.replace('"version": 2', '"version": 1'), "version 2"),
     "unknown field": (lambda text: text.replace('"steps"', '"knots"'), "knots"),
     "late beginning": (
         lambda text: text.replace('"steps": [0, ', '"steps": ['),
@@ -244,9 +246,19 @@ DAMAGES = {
     ),
     "negative lr": (lambda text: text.replace('"lr_factors": [', '"lr_factors": [-'), "lr_factors must be finite and"),
     "momentum of 1": (
-        lambda text: text.replace('"momenta": [0.9', '"momenta": [1.0'),
-        r"momenta.*in \[0, 1\), got \[1.0",
+        lambda text: text.replace('"momentum": [0.9', '"momentum": [1.0'),
+        r"values\['momentum'\].*in \[0, 1\), got \[1.0",
     ),
+    "no clipping": (
+        lambda text: text.replace('"clip": [', '"clip": [-'),
+        r"values\['clip'\] must be finite and positive",
+    ),
+    "one momentum more": (
+        lambda text: text.replace('"momentum": [', '"momentum": [0.5, '),
+        r"values\['momentum'\] must have a value for each of the 41 steps, got 42",
+    ),
+    "unknown control": (lambda text: text.replace('"clip"', '"warp"'), r"some of the controls .*got \['warp'\]"),
+    "unknown base schedule": (lambda text: text.replace('"linear"', '"cosine"'), "base_schedule must be one of"),
 }
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rlsched import DivergenceError, ScheduledOptimizer, SchedulePolicy
-from rlsched.control import CONTROLS, LR, MOMENTUM
+from rlsched.control import CONTROLS, LR
 
 SPECIAL = [0.0, 1.0, -1.0, 1e-30, 1e30, -1e30, 1e-45, 3e38, math.inf, -math.inf, math.nan]
 losses = st.one_of(st.none(), st.sampled_from(SPECIAL), st.floats(width=32))
@@ -87,7 +87,7 @@ def test_weights_stay_finite_and_learning_rates_in_bounds(
         for p in model.parameters():
             assert p.isfinite().all(), f"step {i}"
         for group in optimizer.param_groups:
-            most = lr * math.exp(CONTROLS[LR].high) * 10 ** (CONTROLS[MOMENTUM].high - CONTROLS[MOMENTUM].low)
+            most = lr * math.exp(LR.high) * 10 ** (CONTROLS["momentum"].high - CONTROLS["momentum"].low)
             assert bounds[0] <= group["lr"] <= max(bounds[0], min(bounds[1], most)) * (1 + 1e-6)
             momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
             assert 0 <= momentum < 1

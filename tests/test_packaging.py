@@ -16,8 +16,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install inside rlsched
+INSIDE = tuple(f"rlsched.{folder}" for folder in FOLDERS)
 EXTRAS = (
-    *("gymnasium", "stable_baselines3", "tensorboard", "matplotlib", "sklearn"),
+    *("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "matplotlib", "sklearn"),
     *("lightning", "transformers", "accelerate"),
 )
 
@@ -71,7 +72,8 @@ def installed(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     code = f"""
         import json, sys
         import rlsched
-        brought = [module for module in {EXTRAS!r} if module in sys.modules]
+        rlsched.SchedulePolicy.load("default")
+        brought = [module for module in {EXTRAS + INSIDE!r} if module in sys.modules]
         import rlsched.agents, rlsched.envs
         files = [rlsched.__file__, rlsched.agents.__file__, rlsched.envs.__file__]
         print(json.dumps({{"brought": brought, "files": files}}))
@@ -125,9 +127,9 @@ def sources() -> set[str]:
     names = {p.as_posix() for p in paths} | {"rlsched/py.typed"}
     for folder in FOLDERS:
         names |= {f"rlsched/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / folder).rglob("*.py")}
-    for file in (ROOT / "agents" / "pretrained").iterdir():
+    for file in (ROOT / "rlsched" / "pretrained").iterdir():
         if file.is_file():
-            names.add(f"rlsched/agents/pretrained/{file.name}")
+            names.add(f"rlsched/pretrained/{file.name}")
     return names
 
 
@@ -135,12 +137,16 @@ def test_wheel_holds_every_source_and_policy_file(wheel: Path) -> None:
     """A user would get an import error, no type information or no pretrained policy after `pip install`."""
     names = contents(wheel)
     assert sources() <= set(names)
-    assert any(name.startswith("rlsched/agents/pretrained/") for name in names)
+    assert {"rlsched/pretrained/default.safetensors", "rlsched/pretrained/default.md"} <= set(names)
 
 
 def test_wheel_holds_each_file_once_and_only_under_rlsched(wheel: Path) -> None:
-    """A top-level `envs` would collide in site-packages; a followed link would install modules twice."""
+    """A top-level `envs` would collide in site-packages; a followed link would install modules twice.
+
+    A policy that is there twice would be looked for in one place, and replaced in the other.
+    """
     names = contents(wheel)
+    assert {name.rpartition("/")[0] for name in names if "pretrained" in name} == {"rlsched/pretrained"}
     assert [name for name, count in Counter(names).items() if count > 1] == []
     assert {name.split("/")[0] for name in names} == {"rlsched"}
     assert {name for name in names if name.endswith(".pyc")} == set()
@@ -173,7 +179,7 @@ def test_clone_without_symbolic_links_imports(sdist: Path, tmp_path: Path) -> No
     assert Path(file.strip()) == sdist / "envs" / "__init__.py"
 
 
-def test_import_rlsched_is_light(installed: dict[str, Any]) -> None:
+def test_frozen_policy_is_had_without_what_trains(installed: dict[str, Any]) -> None:
     """A training loop that only uses a frozen policy would wait for, and depend on, what trained it."""
     assert installed["brought"] == []
 

@@ -79,7 +79,7 @@ def test_run_goes_on_bit_equal(make, way, stop):
     model, optimizer = way(make, model, optimizer)
     assert before + train(model, optimizer, range(stop, STEPS)) == hyperparameters
     assert_same_weights(model, expected)
-    assert torch.equal(optimizer.controller.control_state, end.controller.control_state)
+    assert repr(optimizer.controller.state) == repr(end.controller.state)  # of which NaN may be a part
 
 
 @pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)

@@ -8,7 +8,7 @@ from helpers import always, assert_same_weights, lively_policy, loss_at, network
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from rlsched import ScheduledOptimizer, attach
-from rlsched.control import CONTROLS, LR
+from rlsched.control import CONTROL_NAMES, LR
 
 STEPS, DECISIONS = 40, 8
 OPTIMIZERS = {
@@ -47,7 +47,7 @@ def test_shadowed_run_is_bit_equal_to_the_users_own(make, face):
     plain, alone, _ = run(make)
     assert_same_weights(model, plain)
     assert inner.param_groups[0]["lr"] == alone.param_groups[0]["lr"]
-    assert controller.step_count == STEPS and len(controller.proposal) == 3
+    assert controller.step_count == STEPS and list(controller.proposal) == list(CONTROL_NAMES)
 
 
 @pytest.mark.parametrize("on_divergence", ["cut", "rollback", "raise", None])
@@ -76,7 +76,7 @@ def test_proposals_are_relative_to_what_is_in_use(make, sums):
         if step % 5 == 1:
             proposal = optimizer.controller.proposal
             early = step / STEPS < 0.2
-            moved = CONTROLS[LR].early_step if early else CONTROLS[LR].step
+            moved = LR.early_step if early else LR.step
             momentum = 1 - 0.1 * 10**-0.15  # −log10(1 − momentum) moved by half of 0.3, from 0.9
             assert proposal["momentum"] == pytest.approx(momentum)
             factor = (1 - momentum) / 0.1 if sums else 1

@@ -4,30 +4,46 @@ import math
 
 import pytest
 import torch
+from helpers import run_of
 
-from rlsched import control, signals
+from rlsched import signals
+from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.moments import Moments
-from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS, Run
-from rlsched.spec import observation_table
+from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS, TRACES, Observation, Run, observation_table
 
 NAN = math.nan
-RUN = Run(torch.tensor(800.0), torch.tensor(8.0), torch.tensor(1.0))
-STATE = torch.tensor([0.5, 1.3, 2.0])
+RUN = Run(total_steps=800, interval=8, adaptive=1, sums_gradients=1)
+STATE = dict.fromkeys(CONTROL_NAMES, 0.0) | {"lr": 0.5, "momentum": 1.3, "clip": 2.0}
 
 
 def window(**fields):
     """A window of which only `fields` were measured."""
     steps = len(next(iter(fields.values())))
     nothing = dict.fromkeys(Moments._fields, [NAN] * steps)
-    return Moments(**{name: torch.tensor(values) for name, values in (nothing | fields).items()})
+    return Moments(**{name: tuple(values) for name, values in (nothing | fields).items()})
 
 
-def observe(*windows, run=RUN, step=400.0, state=STATE):
-    """The named observations at the end of the last of `windows`."""
-    history = signals.start()
+def directions(cosines, momentum_cosines, ratios, decreases):
+    """A window of steps with these cosines, sizes of updates, and predicted decreases; the loss is 1."""
+    one = [NAN if math.isnan(x) else 1.0 for x in cosines]
+    squares = {name: one for name in ("grad_square", "last_grad_square", "momentum_square", "weights_square")}
+    products = {"grad_last_grad": cosines, "grad_momentum": momentum_cosines, "grad_update": decreases}
+    return window(loss=[1.0] * len(one), grad_norm=[1.0] * len(one), **squares, **products,
+                  update_square=[x * x for x in ratios])  # fmt: skip
+
+
+def observe(*windows, run=RUN, step=400, state=STATE, names=OBSERVATION_NAMES):
+    """The named observations at the end of the last of `windows`; of the run alone, and of two like it at once."""
+    double = {"dtype": torch.float64}
+    history, both = signals.start(), signals.start(torch.ones(2, **double))
+    runs, steps = Run(*(torch.full((2,), x, **double) for x in run)), torch.full((2,), step, **double)
+    states = {name: torch.full((2,), x, **double) for name, x in state.items()}
     for each in windows:
-        observation, history = signals.observe(each, run, history, torch.tensor(step), state)
-    return dict(zip(OBSERVATION_NAMES, observation.tolist(), strict=True))
+        observation, history = signals.observe(names, signals.summarise(each), run, history, step, state)
+        stacked = Moments(*(torch.tensor([series, series], **double) for series in each))
+        twice, both = signals.observe(names, signals.summarise(stacked), runs, both, steps, states)
+        torch.testing.assert_close(twice.float(), torch.stack([observation, observation]))
+    return dict(zip(names, observation.tolist(), strict=True))
 
 
 def approximately(value):
@@ -47,7 +63,7 @@ def test_clock_counts_in_windows_and_fractions_of_a_run():
     assert seen["decisions_left"] == approximately(math.log(50) / 4)
     assert seen["decisions"] == approximately(math.log(100) - 4)
     assert seen["interval"] == approximately(math.log(8) / 3)
-    long = observe(log_losses(0.0), run=Run(torch.tensor(1e5), torch.tensor(1e3), torch.tensor(1.0)))
+    long = observe(log_losses(0.0), run=RUN._replace(total_steps=100_000, interval=1000), step=0)
     assert long["decisions"] == approximately(math.log(100) - 4)
     assert long["interval"] == approximately(math.log(32) / 3)
 
@@ -88,11 +104,11 @@ def test_loss_has_no_unit():
 def test_directions_and_updates_are_averaged_over_what_was_measured():
     """Unmeasured steps would count as zero."""
     seen = observe(
-        window(
-            grad_cosine=[NAN, NAN, 0.2, 0.4],
-            momentum_cosine=[NAN, NAN, -0.2, -0.4],
-            update_ratio=[NAN, NAN, math.exp(-4), math.exp(-6)],
-            predicted_decrease=[NAN, NAN, math.exp(-2), math.exp(-6)],
+        directions(
+            [NAN, NAN, 0.2, 0.4],
+            [NAN, NAN, -0.2, -0.4],
+            [NAN, NAN, math.exp(-4), math.exp(-6)],
+            [NAN, NAN, math.exp(-2), math.exp(-6)],
         )
     )
     assert seen["grad_cosine"] == approximately(2 * 0.3)
@@ -103,7 +119,7 @@ def test_directions_and_updates_are_averaged_over_what_was_measured():
 
 def test_updates_of_no_size_have_a_floor():
     """The logarithm of zero, or of a predicted increase, would be the loudest observation of all."""
-    seen = observe(window(update_ratio=[0.0], predicted_decrease=[-1.0]))
+    seen = observe(directions([0.0], [0.0], [0.0], [-1.0]))
     assert seen["update_ratio"] == -4
     assert seen["predicted_decrease"] == approximately((math.log(1e-7) + 5) / 3)
 
@@ -130,10 +146,20 @@ MEASURED_BY_LOSS = {"loss_vs_fast", "loss_vs_slow", "loss_vs_first", "loss_noise
 
 
 @pytest.mark.parametrize("loss", [[NAN] * 4, [-1.0, -2.0, -3.0, -4.0], [0.0] * 4, [math.inf] * 4])
-def test_loss_that_is_unknown_or_has_no_logarithm_reads_as_zero(loss):
+def test_loss_that_is_unknown_or_has_no_logarithm_reads_as_what_is_said_of_the_unknown(loss):
     """NaN in one observation would be NaN in every action."""
     seen = observe(window(loss=loss), window(loss=loss))
-    assert {name: seen[name] for name in MEASURED_BY_LOSS} == dict.fromkeys(MEASURED_BY_LOSS, 0.0)
+    unknown = {name: OBSERVATIONS[name].unknown for name in MEASURED_BY_LOSS}
+    assert {name: seen[name] for name in MEASURED_BY_LOSS} == unknown == dict.fromkeys(MEASURED_BY_LOSS, 0.0)
+
+
+@pytest.mark.parametrize("unknown", [0.0, -1.5])
+def test_unknown_is_what_the_entry_says(unknown, monkeypatch):
+    """Where zero means something, a policy could not tell it from a thing that nobody has measured."""
+    name = f"new, {unknown}"
+    monkeypatch.setitem(OBSERVATIONS, name, Observation(name, "", -2, 2, lambda r: r.window.loss, unknown=unknown))
+    for loss, value in ((NAN, unknown), (math.e, 1.0), (math.exp(9), 2.0)):
+        assert observe(window(loss=[loss]), names=(name,)) == {name: approximately(value)}
 
 
 def test_loss_that_comes_late_starts_its_history_then():
@@ -152,63 +178,114 @@ def test_single_bad_step_does_not_hide_the_window():
     assert seen["loss_noise"] == approximately(0)
 
 
-def extreme_windows(count, batch, steps, generator):
+HUGE = [1e-38, 3e38, -3e38, 1e30, -1e30]  # of which sums depend on their order
+
+
+def extreme_windows(count, batch, steps, generator, huge=HUGE, dtype=torch.float32):
     """Windows of any numbers that floating point can hold, and some that it cannot."""
-    special = torch.tensor([NAN, math.inf, -math.inf, 0.0, 1e-38, 3e38, -3e38, 1e30, -1e30, 1e-30, 1.0])
+    special = torch.tensor([NAN, math.inf, -math.inf, 0.0, 1e-30, 1.0, *huge], dtype=dtype)
 
     def draw():
-        tame = torch.randn(batch, steps, generator=generator).exp()
+        tame = torch.randn(batch, steps, generator=generator, dtype=dtype).exp()
         wild = special[torch.randint(len(special), (batch, steps), generator=generator)]
         return torch.where(torch.rand(batch, steps, generator=generator) < 0.5, tame, wild)
 
     return [Moments(*(draw() for _ in Moments._fields)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
 def test_observations_are_always_finite_and_within_their_bounds(steps):
     """A value outside the declared space fails Gymnasium's checker, and NaN ends a training run of PPO."""
-    low, high = (torch.tensor([getattr(o, side) for o in OBSERVATIONS]) for side in ("low", "high"))
+    low, high = (torch.tensor([getattr(o, side) for o in OBSERVATIONS.values()]) for side in ("low", "high"))
     generator = torch.Generator().manual_seed(0)
     batch = 64
     total = torch.rand(batch, generator=generator).mul(30).exp()
-    run = Run(total, total.mul(0.01).clamp(min=1), torch.ones(batch))
-    history = signals.start((batch,))
+    run = Run(total, total.mul(0.01).clamp(min=1), torch.ones(batch), torch.ones(batch))
+    history, alone = signals.start(torch.ones(batch)), signals.start()
     for each in extreme_windows(20, batch, steps, generator):
-        state = 100 * torch.randn(batch, len(control.CONTROLS), generator=generator)
+        state = {name: 100 * torch.randn(batch, generator=generator) for name in CONTROLS}
         step = 2 * total * torch.rand(batch, generator=generator)
-        observation, history = signals.observe(each, run, history, step, state)
-        assert observation.shape == (batch, len(OBSERVATIONS))
-        assert observation.isfinite().all()
-        assert ((observation >= low) & (observation <= high)).all()
+        observation, history = signals.observe(OBSERVATION_NAMES, signals.summarise(each), run, history, step, state)
+        first = Run(*(x[0].item() for x in run)), alone, step[0].item(), {n: x[0].item() for n, x in state.items()}
+        single, alone = signals.observe(OBSERVATION_NAMES, signals.summarise(run_of(each, 0)), *first)
+        for seen, shape in ((observation, (batch,)), (single, ())):
+            assert seen.shape == (*shape, len(OBSERVATIONS))
+            assert seen.dtype == torch.float32
+            assert seen.isfinite().all()
+            assert ((seen >= low) & (seen <= high)).all()
 
 
 def test_batch_of_runs_is_each_run_alone():
-    """A policy is trained on batches and used on one run."""
-    generator = torch.Generator().manual_seed(1)
-    batch = 6
-    run = Run(torch.full((batch,), 50.0), torch.full((batch,), 5.0), torch.tensor([1.0, -1.0] * 3))
-    state = torch.randn(batch, 3, generator=generator)
-    step = torch.arange(batch) * 5.0
-    together, alone = signals.start((batch,)), [signals.start()] * batch
-    for each in extreme_windows(4, batch, 5, generator):
-        observation, together = signals.observe(each, run, together, step, state)
+    """A policy is trained on batches of runs, in tensors, and used on one run, in floats."""
+    generator, double = torch.Generator().manual_seed(1), {"dtype": torch.float64}
+    batch = 32
+    adaptive, sums = torch.tensor([1.0, -1.0] * 16, **double), torch.tensor([1.0, 1.0, 0.0, 0.0] * 8, **double)
+    run = Run(torch.full((batch,), 50.0, **double), 1.0 + torch.arange(batch, **double), adaptive, sums)
+    state = {name: torch.randn(batch, generator=generator, **double) for name in CONTROLS}
+    step = torch.arange(batch, **double)
+    together, alone = signals.start(torch.ones(batch, **double)), [signals.start()] * batch
+    for each in extreme_windows(6, batch, 20, generator, huge=[], **double):
+        summary = signals.summarise(each)
+        observation, together = signals.observe(OBSERVATION_NAMES, summary, run, together, step, state)
         for i in range(batch):
-            row = [signals.Run(*(x[i] for x in run)), alone[i], step[i], state[i]]
-            single, alone[i] = signals.observe(Moments(*(x[i] for x in each)), *row)
-            torch.testing.assert_close(single, observation[i])
-        torch.testing.assert_close(
-            torch.stack([torch.stack(h) for h in alone], -1), torch.stack(together), equal_nan=True
-        )
+            single = signals.summarise(run_of(each, i))
+            assert all(isinstance(value, float) for value in single)
+            assert single == pytest.approx([value[i].item() for value in summary], rel=1e-9, abs=1e-9, nan_ok=True)
+            row = Run(*(x[i].item() for x in run)), alone[i], step[i].item(), {n: s[i].item() for n, s in state.items()}
+            seen, alone[i] = signals.observe(OBSERVATION_NAMES, single, *row)
+            torch.testing.assert_close(seen, observation[i].float())
+            kept = {name: value[i].item() for name, value in together.items()}
+            assert alone[i] == pytest.approx(kept, rel=1e-9, abs=1e-9, nan_ok=True)
+
+
+def test_observation_is_made_of_the_names_that_are_asked_for():
+    """A policy that asked for a few would be given others, in another order, and act on them with confidence."""
+    windows = [log_losses(0.3, 0.1), log_losses(0.2, 0.1)]
+    whole, names = observe(*windows), OBSERVATION_NAMES[::-3]
+    assert observe(*windows, names=names) == {name: whole[name] for name in names}
+
+
+def test_history_is_of_every_trace_whoever_looks():
+    """A policy that does not look at the loss would leave a run that cannot go on under one that does."""
+    _, history = signals.observe(("progress",), signals.summarise(log_losses(0.5)), RUN, signals.start(), 0, STATE)
+    assert history.keys() == TRACES.keys()
+    assert history["first_loss"] == approximately(0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_observation_is_in_single_precision_whatever_the_default(dtype):
+    """Under another default dtype or device a policy would be given what its weights cannot be multiplied with."""
+    expected = observe(log_losses(0.3, 0.1))
+    summary = signals.summarise(log_losses(0.3, 0.1))
+    torch.set_default_dtype(dtype)
+    signals._bounds.cache_clear()
+    try:
+        with torch.device("meta"):
+            seen, _ = signals.observe(OBSERVATION_NAMES, summary, RUN, signals.start(), 400, STATE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        signals._bounds.cache_clear()
+    assert seen.dtype == torch.float32 and seen.device.type == "cpu"
+    assert dict(zip(OBSERVATION_NAMES, seen.tolist(), strict=True)) == expected
 
 
 def test_names_are_unique_and_bounds_in_order():
     """Two observations of one name would share a chart, and a column of the table."""
-    assert len(set(OBSERVATION_NAMES)) == len(OBSERVATIONS)
-    assert all(o.low < o.high for o in OBSERVATIONS)
+    assert list(OBSERVATIONS) == [o.name for o in OBSERVATIONS.values()] == list(OBSERVATION_NAMES)
+    assert all(o.low < o.high for o in OBSERVATIONS.values())
+    assert all(o.low <= o.unknown <= o.high for o in OBSERVATIONS.values())
+
+
+def test_every_control_is_seen_within_its_range():
+    """A policy that does not know where its controls stand cannot keep them there."""
+    for name, control in CONTROLS.items():
+        for state in (control.low, (control.low + control.high) / 2, control.high):
+            seen = observe(log_losses(0.0), state={**STATE, name: state})[name]
+            assert seen == approximately((state - control.seen.shift) / control.seen.scale)
 
 
 def test_observation_table_has_a_row_for_each():
     """The documentation would be of another version."""
-    header, _, *rows = observation_table(OBSERVATIONS).splitlines()
+    header, _, *rows = observation_table(OBSERVATIONS.values()).splitlines()
     assert [row.split("`")[1] for row in rows] == list(OBSERVATION_NAMES)
-    assert {row.count("|") for row in (header, *rows)} == {6}
+    assert {row.count("|") for row in (header, *rows)} == {7}

@@ -10,29 +10,36 @@ import torch
 from replay import replay
 
 from rlsched import ScheduledOptimizer, SchedulePolicy
-from rlsched.control import CLIP, CONTROLS, clip_multiple
+from rlsched.actors import Perceptron
+from rlsched.base_schedule import BASE_SCHEDULES
+from rlsched.control import CONTROL_NAMES
 from rlsched.envs import InnerTask, SchedulingVectorEnv, SetupDistribution
 from rlsched.envs.networks import MLP, ConvNet
+from rlsched.envs.optimizers import OPTIMIZERS
 from rlsched.envs.sources import Images, TeacherStudent
-from rlsched.envs.tasks import OPTIMIZERS
-from rlsched.signals import OBSERVATIONS
+from rlsched.signals import OBSERVATION_NAMES
 
 RUNS, SEED, DECISIONS, INTERVAL = 3, 4, 10, 5
 EVERY = dict.fromkeys(OPTIMIZERS, 1)
 
 
 class Recorder(SchedulePolicy):
-    """A policy of random but fixed weights that remembers what it was shown."""
+    """A policy of random but fixed weights that remembers what it was shown; the same names have the same weights."""
 
-    def __init__(self, safe_start=True):
+    def __init__(self, observations=OBSERVATION_NAMES, controls=CONTROL_NAMES, **options):
         generator = torch.Generator().manual_seed(3)
-        weight = 0.2 * torch.randn(len(CONTROLS), len(OBSERVATIONS), generator=generator)
-        super().__init__([(weight, 0.2 * torch.randn(len(CONTROLS), generator=generator))], safe_start=safe_start)
+        columns = {name: 0.2 * torch.randn(len(CONTROL_NAMES), generator=generator) for name in OBSERVATION_NAMES}
+        bias = 0.2 * torch.randn(len(CONTROL_NAMES), generator=generator)
+        rows = [CONTROL_NAMES.index(name) for name in controls]
+        actor = Perceptron(len(observations), len(controls), ())
+        weight = torch.stack([columns[name][rows] for name in observations], -1)
+        actor.load_state_dict({"layers.0.weight": weight, "layers.0.bias": bias[rows]})
+        super().__init__(actor, observations, controls, **options)
         self.seen = []
 
-    def act(self, observation):
+    def act(self, observation, memory=None):
         self.seen.append(observation.clone())
-        return super().act(observation)
+        return super().act(observation, memory)
 
 
 def tasks():
@@ -62,26 +69,41 @@ def tasks():
 @pytest.mark.parametrize("task", [pytest.param(task, id=name) for name, task in tasks().items()])
 def test_wrapper_sees_and_decides_what_the_environment_did(task, safe_start):
     """A signal or a control computed differently in a user's loop would make a trained policy worthless there."""
-    env = SchedulingVectorEnv(RUNS, [task], safe_start=safe_start, autoreset=False)
+    compare(task, safe_start=safe_start)
+
+
+FEW = {"observations": ("lr", "grad_cosine", "progress", "loss_vs_first"), "controls": ("clip", "lr")}
+
+
+@pytest.mark.parametrize("base_schedule", BASE_SCHEDULES)
+@pytest.mark.parametrize("names", [{}, FEW], ids=["all names", "a few names"])
+def test_so_it_is_under_any_base_schedule_and_with_any_names(names, base_schedule):
+    """A policy of a few names would be given the columns of others, or one of a warm-up trained without it."""
+    compare(tasks()["SGD"], base_schedule=base_schedule, safe_start=True, **names)
+
+
+def compare(task, **options):
+    """Hold episodes of the environment against the same training in a user's loop, under a policy of such options."""
+    env = SchedulingVectorEnv(RUNS, [task], autoreset=False, **options)
     observations, _ = env.reset(seed=SEED)
-    policy = Recorder(safe_start)
+    policy = Recorder(**options)
     decided = []
     for _ in range(task.setup.decisions[0]):
-        actions = policy.act(torch.from_numpy(observations)).numpy()
-        observations, _, terminated, _, infos = env.step(actions)
-        decided.append(np.stack([infos["lr"], infos["momentum"], infos["clip"]], -1))
+        actions, _ = policy.act(torch.from_numpy(observations))
+        observations, _, terminated, _, infos = env.step(actions.numpy())
+        decided.append(np.stack([infos[name] for name in CONTROL_NAMES], -1))
     assert terminated.all()
     assert not infos["diverged"].any(), "there is nothing to compare"
 
     for run in range(RUNS):
-        seen, decisions = through_the_wrapper(replay(task, SEED + run), safe_start)
+        seen, decisions = through_the_wrapper(replay(task, SEED + run), **options)
         torch.testing.assert_close(seen, torch.stack(policy.seen)[:, run], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(decisions, np.stack(decided)[:, run], rtol=1e-4)
 
 
-def through_the_wrapper(episode, safe_start):
-    """The observations, and the (lr, momentum, clip) decided on, where a user's loop trains the episode."""
-    policy, inner = Recorder(safe_start), episode.optimizer()
+def through_the_wrapper(episode, **options):
+    """The observations, and the controls decided on, by a user's optimizer, where a user's loop trains the episode."""
+    policy, inner = Recorder(**options), episode.optimizer()
     optimizer = ScheduledOptimizer(
         inner,
         total_steps=episode.total_steps,
@@ -90,7 +112,7 @@ def through_the_wrapper(episode, safe_start):
         on_divergence=None,  # the environment has no guard
         max_update_ratio=math.inf,
     )
-    assert optimizer.controller.interval == INTERVAL
+    assert optimizer.controller.run.interval == INTERVAL
     told, decisions = episode.setup.loss_reported, []
     with nullcontext() if told else pytest.warns(UserWarning, match="no loss"):
         for step, loss in enumerate(episode.losses()):
@@ -101,7 +123,6 @@ def through_the_wrapper(episode, safe_start):
             if step % INTERVAL == 1:
                 group = inner.param_groups[0]
                 momentum = group["betas"][0] if "betas" in group else group["momentum"]
-                decisions.append(
-                    (group["lr"], momentum, float(clip_multiple(optimizer.controller.control_state[CLIP])))
-                )
+                held = {"lr": group["lr"], "momentum": momentum, "clip": optimizer.controller.groups.decided[0]["clip"]}
+                decisions.append([held[name] if name in held else group[name] for name in CONTROL_NAMES])
     return torch.stack(policy.seen), decisions

@@ -48,7 +48,7 @@ def test_every_observation_and_action_is_written_at_every_decision(tmp_path):
     for tag in tags:
         assert [event.step for event in events.Scalars(tag)] == DECISIONS, tag
     assert values(events, "rlsched/lr") == pytest.approx([lrs[step] for step in DECISIONS])
-    assert values(events, "rlsched/fallback_lr") == pytest.approx([0.1 * (1 - step / STEPS) for step in DECISIONS])
+    assert values(events, "rlsched/base_schedule_lr") == pytest.approx([0.1 * (1 - step / STEPS) for step in DECISIONS])
     assert all(math.isfinite(value) for tag in tags for value in values(events, tag))
 
 

@@ -53,9 +53,8 @@ def test_momentum_of_schedulefree_is_no_sum_of_gradients():
     """Its momentum mixes two sets of weights: learning rates scaled for a sum would be ten times too small."""
     schedulefree = pytest.importorskip("schedulefree")
     inner = schedulefree.SGDScheduleFree(network().parameters(), lr=0.01)
-    assert not ScheduledOptimizer(
-        inner, total_steps=9, policy=lively_policy()
-    ).controller.hyperparameters.sums_gradients
+    optimizer = ScheduledOptimizer(inner, total_steps=9, policy=lively_policy())
+    assert not optimizer.controller.groups.traits.sums_gradients
 
 
 def test_optimizers_without_modes_ignore_them():
@@ -197,7 +196,7 @@ def test_compiled_step_trains_as_an_eager_one(face):
     assert_same_weights(run(True), run(False))
     ours = [reason for reason in counters["graph_break"] if "Controller." in reason]
     assert 1 <= len(ours) <= 2, "the graph is broken before the step and after it, and nowhere else"
-    assert all("Controller.before" in reason or "Controller.after" in reason for reason in ours)
+    assert all("Controller.prepare_step" in reason or "Controller.finish_step" in reason for reason in ours)
     torch._dynamo.reset()
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES
-from rlsched.experiments.records import publish, read
+from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES, key
+from rlsched.experiments.journal import Row, read
+from rlsched.experiments.table import markdown, publish
 
 COLORS = {POLICY: "tab:red", REPLAY: "tab:orange", "cosine": "tab:blue", "linear": "tab:green", "constant": "tab:gray"}
 NAMES = {POLICY: "learned", REPLAY: "replay of its mean"}  # the others are called what they are
-WORST = 1.0  # log loss at which a diverged run is counted: worse than chance among ten classes
-
-Row = dict[str, Any]
+FIRST = "first_log_loss"  # of the untrained network: what a diverged run counts as
+WORST = 1.0  # what it counts as in a row of older versions, without `FIRST`: worse than chance among ten classes
 
 
 class Setting(NamedTuple):
@@ -36,27 +36,31 @@ class Results:
 
     def __init__(self, out: Path, policy: str) -> None:
         self.runs: dict[Setting, dict[str, dict[float, list[Row]]]] = {}
-        for row in read(out / RUNS):
-            if row["policy"] not in (None, policy):
-                continue
-            run = row["run"]
-            schedules = self.runs.setdefault(Setting(run["task"], run["optimizer"], run["steps"]), {})
-            schedules.setdefault(run["schedule"], defaultdict(list))[run["lr_factor"]].append(row)
+        for (trial, digest), row in read(out / RUNS, key).items():
+            if digest in (None, policy):
+                schedules = self.runs.setdefault(Setting(trial.task, trial.optimizer, trial.steps), {})
+                schedules.setdefault(trial.schedule, defaultdict(list))[trial.lr_factor].append(row)
 
     def log_loss(self, setting: Setting, schedule: str, factor: float) -> float:
-        """Mean over the seeds of the final log validation loss; a diverged run counts as `WORST`."""
-        return float(np.mean([_bounded(row["log_loss"]) for row in self.runs[setting][schedule][factor]]))
+        """Mean over the seeds of the final log validation loss, as runs count."""
+        return float(np.mean([counted(row) for row in self.runs[setting][schedule][factor]]))
 
     def best(self, setting: Setting, schedule: str) -> float:
         """The learning rate, as a factor on the default, with the lowest mean log loss."""
         return min(self.runs[setting][schedule], key=lambda factor: self.log_loss(setting, schedule, factor))
 
 
+def counted(row: Row) -> float:
+    """Final log validation loss; that of the untrained network for a run that diverged, or ended above it."""
+    worst = float(row.get(FIRST, WORST))
+    return min(row["log_loss"], worst) if math.isfinite(row["log_loss"]) else worst
+
+
 def table(results: Results) -> str:
     """Final log validation loss, mean over seeds and their standard deviation, as a Markdown table."""
     settings = list(results.runs)
-    seeds = {len(rows) for s in settings for by_lr in results.runs[s].values() for rows in by_lr.values()}
-    rows = [["schedule", "runs it takes", *map(str, settings)], ["---", "--:", *["--:"] * len(settings)]]
+    groups = [group for s in settings for by_lr in results.runs[s].values() for group in by_lr.values()]
+    rows = []
     factors = sorted({f for s in settings for f in results.runs[s].get(POLICY, {})})
     for factor in factors:
         cells = [_cell(results, s, POLICY, factor) for s in settings]
@@ -67,21 +71,17 @@ def table(results: Results) -> str:
             rows.append([f"replay of its mean, lr × {factor:g}", "–", *cells])
     for schedule in reversed(SCHEDULES):
         sweep = max(len(results.runs[s].get(schedule, {})) for s in settings)
-        cells = []
-        for s in settings:
-            best = results.best(s, schedule)
-            cells.append(f"{_cell(results, s, schedule, best)} (lr × {best:.3g})")
+        cells = [_best_cell(results, s, schedule) for s in settings]
         rows.append([f"{schedule}, best of {sweep}", str(sweep), *cells])
     for schedule in reversed(SCHEDULES):
         for factor in factors:
             if all(factor in results.runs[s].get(schedule, {}) for s in settings):
                 cells = [_cell(results, s, schedule, factor) for s in settings]
                 rows.append([f"{schedule}, lr × {factor:g}", "1", *cells])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     caption = (
         "Final log validation loss (lower is better), mean ± standard deviation over "
-        f"{'/'.join(map(str, sorted(seeds)))} seeds; × is the factor on the usual default learning rate; "
-        f"a diverged run counts as {WORST:g}."
+        f"{'/'.join(map(str, sorted(set(map(len, groups)))))} seeds; × is the factor on the usual default learning "
+        f"rate; {_worst(groups)}."
     )
     if any(REPLAY in results.runs[s] for s in settings):
         caption += (
@@ -89,7 +89,7 @@ def table(results: Results) -> str:
             "which tells it what suits the task and the base learning rate: what the learned schedule gains over it is "
             "what adapting to the single run is worth."
         )
-    return "\n".join([*lines, "", caption])
+    return f"{markdown(['schedule', 'runs it takes', *map(str, settings)], rows)}\n\n{caption}"
 
 
 def plot(results: Results) -> Figure:
@@ -106,7 +106,7 @@ def plot(results: Results) -> Figure:
             best = results.best(setting, schedule)
             shown = factors if schedule in NAMES else [best]
             for factor, style in zip(shown, ("--", "-", ":") if len(shown) == 3 else ["-"] * len(shown), strict=True):
-                curves = np.array([row["curve"] for row in by_lr[factor]])
+                curves = np.array([row["curve"] for row in by_lr[factor]], dtype=float)  # accuracy may be null
                 name = NAMES.get(schedule, f"{schedule}, best of {len(factors)}")
                 label = f"{name}, lr × {factor:.3g}"
                 loss_axis.plot(curves[0, :, 0], _geometric_mean(curves[:, :, 1]), style, color=color, label=label)
@@ -128,14 +128,26 @@ def report(out: Path, policy: str) -> str:
 
 
 def _cell(results: Results, setting: Setting, schedule: str, factor: float) -> str:
-    values = [_bounded(row["log_loss"]) for row in results.runs[setting].get(schedule, {}).get(factor, [])]
+    values = [counted(row) for row in results.runs[setting].get(schedule, {}).get(factor, [])]
     if not values:
         return "–"
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
 
 
-def _bounded(log_loss: float) -> float:
-    return min(log_loss, WORST) if math.isfinite(log_loss) else WORST
+def _best_cell(results: Results, setting: Setting, schedule: str) -> str:
+    if schedule not in results.runs[setting]:
+        return "–"
+    best = results.best(setting, schedule)
+    return f"{_cell(results, setting, schedule, best)} (lr × {best:.3g})"
+
+
+def _worst(groups: list[list[Row]]) -> str:
+    """What a diverged run counts as."""
+    is_recorded = {FIRST in row for group in groups for row in group}
+    if is_recorded == {False}:
+        return f"a diverged run counts as {WORST:g}"
+    text = "a run that diverged, or ended above the loss of its untrained network, counts as that"
+    return text if is_recorded == {True} else f"{text}, or as {WORST:g} if it is of a version that did not record it"
 
 
 def _geometric_mean(losses: np.ndarray) -> np.ndarray:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from tqdm import tqdm
 
-from rlsched import ScheduledOptimizer, SchedulePolicy
+from rlsched import ScheduledOptimizer
+from rlsched.envs import InnerTask
+from rlsched.envs.sources import Points
 from rlsched.experiments.compare import replay
-from rlsched.experiments.compare.tasks import TASKS, Data, Task
-from rlsched.experiments.records import provenance, read
+from rlsched.experiments.compare.tasks import SPLIT_SEED, named
+from rlsched.experiments.journal import Journal, Row
+from rlsched.policy import Policy
 
 RUNS, TENSORBOARD = "runs.jsonl", "tensorboard"
 POLICY = "policy"
 REPLAY = "replay"  # of the mean control path of the policy's runs with the other seeds
 EVALUATIONS = 50  # of the validation loss, in a run
+SMALLEST_FACTOR = 1e-4  # on a learning rate: factors have four decimal places
+SMALLEST_LOSS = 1e-12  # a loss below it counts as this: a network that is always right has one of 0
 SCHEDULES: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
     "constant": lambda optimizer, steps: LambdaLR(optimizer, lambda _: 1.0),
     "linear": lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1 - step / steps),
@@ -52,39 +56,60 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compare: the product of its lists."""
+    """What to compare: the product of its lists.
 
-    tasks: tuple[str, ...] = ("digits",)
-    optimizers: tuple[str, ...] = ("sgd", "adam")
-    steps: tuple[int, ...] = (400,)
+    Args:
+        tasks: names, or inner tasks by names of your own, as `tasks.named` takes them. In the results a task is its
+            name: a task that was changed needs another name, or another folder.
+        optimizers: keys of `OPTIMIZERS`.
+        steps: inner steps of a run.
+        seeds: runs of each kind.
+        policy_factors: base learning rates of the policy's runs, over the usual default.
+        sweep: those that the other schedules are tuned over.
+        data: folder of the data files, for tasks that need them.
+
+    Raises:
+        ValueError: a value is out of its range.
+        FileNotFoundError: the folder lacks a file.
+    """
+
+    tasks: Sequence[str] | Mapping[str, InnerTask] = ("digits",)
+    optimizers: Sequence[str] = ("sgd", "adam")
+    steps: Sequence[int] = (400,)
     seeds: int = 3
-    policy_factors: tuple[float, ...] = (0.1, 1.0, 10.0)  # base lr of the policy's runs, over the usual default
-    sweep: tuple[float, ...] = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)  # base lrs that the other schedules are tuned over
+    policy_factors: Sequence[float] = (0.1, 1.0, 10.0)
+    sweep: Sequence[float] = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
+    data: Path | None = None
+    inner_tasks: Mapping[str, InnerTask] = field(init=False, repr=False, compare=False)  # what `tasks` came to
 
     def __post_init__(self) -> None:
-        for name, given, known in (("tasks", self.tasks, TASKS), ("optimizers", self.optimizers, OPTIMIZERS)):
-            if not given or not set(given) <= set(known):
-                raise ValueError(f"{name} must be some of {sorted(known)}, got {list(given)}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-        for name in ("steps", "policy_factors", "sweep"):
-            if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} must be positive numbers, got {list(getattr(self, name))}")
+        for name, allowed, is_allowed in (
+            ("optimizers", f"some of {sorted(OPTIMIZERS)}", OPTIMIZERS.__contains__),
+            ("steps", "whole numbers of at least 1", _is_count),
+            ("policy_factors", f"finite numbers of at least {SMALLEST_FACTOR:g}", _is_factor),
+            ("sweep", f"finite numbers of at least {SMALLEST_FACTOR:g}", _is_factor),
+        ):
+            given = getattr(self, name)
+            if not given or not isinstance(given, list | tuple) or not all(map(is_allowed, given)):
+                raise ValueError(f"{name} must be a sequence of {allowed}, got {given!r}")
+        if not _is_count(self.seeds):
+            raise ValueError(f"seeds must be a whole number of at least 1, got {self.seeds!r}")
+        object.__setattr__(self, "inner_tasks", named(self.tasks, self.data))
 
-    def runs(self) -> Iterator[Run]:
-        for task, optimizer, steps in product(self.tasks, self.optimizers, self.steps):
+    def trials(self) -> Iterator[Trial]:
+        for task, optimizer, steps in product(self.inner_tasks, self.optimizers, self.steps):
             for seed in range(self.seeds):
                 for factor in self.policy_factors:
-                    yield Run(task, optimizer, steps, POLICY, round(factor, 4), seed)
+                    yield Trial(task, optimizer, steps, POLICY, round(factor, 4), seed)
                 for schedule, factor in product(SCHEDULES, self.sweep):
-                    yield Run(task, optimizer, steps, schedule, round(factor, 4), seed)
+                    yield Trial(task, optimizer, steps, schedule, round(factor, 4), seed)
             if self.seeds > 1:  # else there is nothing to take the mean of
                 for seed, factor in product(range(self.seeds), self.policy_factors):
-                    yield Run(task, optimizer, steps, REPLAY, round(factor, 4), seed)
+                    yield Trial(task, optimizer, steps, REPLAY, round(factor, 4), seed)
 
 
 @dataclass(frozen=True)
-class Run:
+class Trial:
     """One training run."""
 
     task: str
@@ -95,8 +120,16 @@ class Run:
     seed: int
 
 
-def compare(plan: Plan, policy: SchedulePolicy, out: Path, data: Path | None = None) -> None:
-    """Do the runs of a plan that `out/runs.jsonl` does not have yet, and add a line for each.
+Key = tuple[Trial, str | None]  # a trial, and the digest of the policy where it has one
+
+
+def key(row: Row) -> Key:
+    """What a row is the result of."""
+    return Trial(**row["run"]), row["policy"]
+
+
+def compare(plan: Plan, policy: Policy, out: Path) -> None:
+    """Do the trials of a plan that `out/runs.jsonl` does not have yet, and add a line for each.
 
     A replay follows the mean over all of the policy's runs in the file that differ from it in nothing but the seed.
     One that is there already stays as it is when more seeds come.
@@ -105,73 +138,65 @@ def compare(plan: Plan, policy: SchedulePolicy, out: Path, data: Path | None = N
         plan: what to compare.
         policy: the scheduling policy.
         out: folder for the results; TensorBoard logs of the first seed's runs go to its `tensorboard`.
-        data: folder of the data files, for tasks that need them.
+
+    Raises:
+        ValueError: a task cannot be compared on; `out` is a file; a line of the results is none.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / RUNS
-    rows = read(path) if path.exists() else []
-    done = {_key(row["run"], row["policy"]) for row in rows}
-    missing = [run for run in plan.runs() if _key(asdict(run), _policy_of(run, policy)) not in done]
-    for task in {run.task for run in missing}:
-        TASKS[task].data(data)  # a missing file is better known before the first run than after an hour
-    origin = provenance()
-    with path.open("a") as file:
-        for run in tqdm(missing, desc="comparing", unit="run"):
-            log_dir = (
-                out / TENSORBOARD / f"{run.task}-{run.optimizer}-{run.steps}" / f"{run.schedule}-x{run.lr_factor:g}"
-            )
-            paths = None
-            if run.schedule == REPLAY:
-                paths = _paths_of_others(run, policy, rows)
-                if paths is None:
-                    warnings.warn(f"{path} has runs of an older rlsched, of which there is no replay", stacklevel=2)
-                    continue
-            result = perform(run, policy, data, log_dir if run.seed == 0 else None, paths)
-            rows.append({"run": asdict(run), "policy": _policy_of(run, policy), **result, "provenance": origin})
-            file.write(json.dumps(rows[-1]) + "\n")
-            file.flush()
+    for name, task in plan.inner_tasks.items():
+        check(name, task)
+    journal = Journal(out / RUNS, key)
+    missing = [trial for trial in plan.trials() if (trial, _policy_of(trial, policy)) not in journal]
+    for trial in tqdm(list(dict.fromkeys(missing)), desc="comparing", unit="run"):
+        setting = f"{trial.task}-{trial.optimizer}-{trial.steps}"
+        log_dir = out / TENSORBOARD / setting / f"{trial.schedule}-x{trial.lr_factor:g}" if trial.seed == 0 else None
+        paths = _paths_of_others(trial, policy, journal) if trial.schedule == REPLAY else []
+        if paths is None:
+            warnings.warn(f"{journal.path} has runs of an older rlsched, of which there is no replay", stacklevel=2)
+            continue
+        result = perform(trial, plan.inner_tasks[trial.task], policy, log_dir, paths)
+        journal.add({"run": asdict(trial), "policy": _policy_of(trial, policy), **result})
 
 
 def perform(
-    run: Run,
-    policy: SchedulePolicy,
-    folder: Path | None = None,
+    trial: Trial,
+    task: InnerTask,
+    policy: Policy,
     log_dir: Path | None = None,
-    paths: Sequence[replay.ControlPath] | None = None,
-) -> dict[str, Any]:
-    """Do one run. The initial weights and the order of the data depend on the seed alone.
+    paths: Sequence[replay.ControlPath] = (),
+) -> Row:
+    """Do one trial. The initial weights and the order of the data depend on the seed alone.
 
     Args:
-        run: what to train.
+        trial: what to train, and how.
+        task: the network, its data and its loss.
         policy: the scheduling policy.
-        folder: of the data files, for tasks that need them.
         log_dir: folder for TensorBoard.
         paths: what a replay follows the mean of.
     """
-    task, base = TASKS[run.task], OPTIMIZERS[run.optimizer]
-    data = task.data(folder)
-    torch.manual_seed(run.seed)
+    if bool(paths) != (trial.schedule == REPLAY):
+        raise ValueError(f"paths are for a replay to follow, got {len(paths)} for a trial of {trial.schedule!r}")
+    base, data = OPTIMIZERS[trial.optimizer], _data(task)
+    torch.manual_seed(trial.seed)
     network = task.network()
+    first_loss, _ = validate(network, task, data)
     writer = None
     if log_dir is not None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         writer = SummaryWriter(str(log_dir))
-    optimizer = base.make(network.parameters(), lr=base.lr * run.lr_factor, **base.options)
+    optimizer = base.make(network.parameters(), lr=base.lr * trial.lr_factor, **base.options)
     scheduled = None
-    if run.schedule in (POLICY, REPLAY):
-        scheduled = ScheduledOptimizer(optimizer, total_steps=run.steps, policy=policy, writer=writer)
-        if run.schedule == REPLAY:
-            assert paths is not None
-            scheduled.controller.policy = replay.Replay(scheduled.controller, paths)
+    if trial.schedule in (POLICY, REPLAY):
+        led = replay.Replay(policy, paths, trial.steps) if trial.schedule == REPLAY else policy
+        scheduled = ScheduledOptimizer(optimizer, total_steps=trial.steps, policy=led, writer=writer)
     else:
-        scheduler = SCHEDULES[run.schedule](optimizer, run.steps)
+        scheduler = SCHEDULES[trial.schedule](optimizer, trial.steps)
 
     curve = []
     start = time.perf_counter()
-    for step, (x, y) in enumerate(_batches(task, data, run)):
+    for step, (inputs, targets) in enumerate(_batches(task.batch_sizes[0], data, trial)):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(network(x), y)
+        loss = task.loss(network(inputs), targets)
         loss.backward()
         group = optimizer.param_groups[0]
         if scheduled is not None:
@@ -182,67 +207,100 @@ def perform(
             optimizer.step()
             scheduler.step()
         momentum = float(group["betas"][0] if "betas" in group else group["momentum"])
-        if (step + 1) % max(1, run.steps // EVALUATIONS) == 0 or step + 1 == run.steps:
-            validation_loss, accuracy = validate(network, data)
+        if (step + 1) % max(1, trial.steps // EVALUATIONS) == 0 or step + 1 == trial.steps:
+            validation_loss, accuracy = validate(network, task, data)
             curve.append((step + 1, validation_loss, accuracy, lr, momentum))
             if writer is not None:
                 names = ("validation_loss", "accuracy", "lr", "momentum")
                 for name, value in zip(names, curve[-1][1:], strict=True):
-                    writer.add_scalar(f"compare/{name}", value, step + 1)
+                    if value is not None:
+                        writer.add_scalar(f"compare/{name}", value, step + 1)
                 writer.add_scalar("compare/train_loss", loss.item(), step + 1)
     seconds = time.perf_counter() - start
     if writer is not None:
         writer.close()
     result = {
-        "log_loss": math.log(curve[-1][1]) if math.isfinite(curve[-1][1]) else math.nan,
+        "log_loss": _log(trial, curve[-1][1]),
+        "first_log_loss": _log(trial, first_loss),
         "accuracy": curve[-1][2],
         "seconds": seconds,
         "curve": _short(curve),
     }
-    return result if scheduled is None else {**result, "control_path": _short(scheduled.controller.control_path)}
+    return (
+        result if scheduled is None else {**result, "control_path": replay.control_path(scheduled.controller.windows)}
+    )
 
 
 @torch.no_grad()
-def validate(network: nn.Module, data: Data) -> tuple[float, float]:
-    """Validation loss and accuracy; a loss beyond all bounds is infinite."""
-    outputs = network(data.validation_inputs)
-    loss = float(nn.functional.cross_entropy(outputs, data.validation_labels))
-    accuracy = float((outputs.argmax(-1) == data.validation_labels).float().mean())
+def validate(network: nn.Module, task: InnerTask, data: Points) -> tuple[float, float | None]:
+    """Validation loss, infinite beyond all bounds, and accuracy, where each point has one label."""
+    network.eval()
+    outputs, targets = network(data.validation_inputs), data.validation_targets
+    network.train()
+    loss = float(task.loss(outputs, targets))
+    accuracy = None
+    is_labelled = targets.ndim == 1 and not targets.is_floating_point()
+    if is_labelled and isinstance(outputs, Tensor) and outputs.ndim == 2:
+        accuracy = float((outputs.argmax(-1) == targets).float().mean())
     return (loss if math.isfinite(loss) else math.inf), accuracy
 
 
-def _batches(task: Task, data: Data, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """`run.steps` mini-batches, epoch after epoch in a new order."""
-    generator = torch.Generator().manual_seed(run.seed)
+def check(name: str, task: InnerTask) -> None:
+    """Refuse a task on which no run would come to a result."""
+    try:
+        loss, _ = validate(task.initial_network(0), task, _data(task))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"tasks: {name!r} fails on its own data, {type(error).__name__}: {error}") from error
+    if not 0 < loss < math.inf:
+        raise ValueError(f"tasks: the loss of {name!r} must be positive and finite before training, it is {loss:g}")
+
+
+def _data(task: InnerTask) -> Points:
+    return task.source.draw(np.random.default_rng(SPLIT_SEED))
+
+
+def _batches(size: int, data: Points, trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
+    """`trial.steps` mini-batches, epoch after epoch in a new order."""
+    generator = torch.Generator().manual_seed(trial.seed)
     order = torch.empty(0, dtype=torch.long)
-    for _ in range(run.steps):
-        if len(order) < task.batch_size:
-            order = torch.randperm(len(data.labels), generator=generator)
-        rows, order = order[: task.batch_size], order[task.batch_size :]
-        yield data.inputs[rows], data.labels[rows]
+    for _ in range(trial.steps):
+        if len(order) < size:
+            order = torch.randperm(len(data.targets), generator=generator)
+        rows, order = order[:size], order[size:]
+        yield data.inputs[rows], data.targets[rows]
 
 
-def _paths_of_others(run: Run, policy: SchedulePolicy, rows: list[dict[str, Any]]) -> list[replay.ControlPath] | None:
-    """Control paths of the policy's runs that differ from `run` in the seed alone; None if one has none."""
-    learned = [
-        row
-        for row in rows
-        if row["policy"] == policy.digest
-        and Run(**row["run"]) == replace(run, schedule=POLICY, seed=row["run"]["seed"])
-    ]
-    if not all("control_path" in row for row in learned):
+def _paths_of_others(trial: Trial, policy: Policy, journal: Journal[Key]) -> list[replay.ControlPath] | None:
+    """Control paths of the policy's runs that differ from `trial` in the seed alone; None if one has none."""
+    learned = {
+        other.seed: row
+        for (other, digest), row in journal.rows.items()
+        if digest == policy.digest and other == replace(trial, schedule=POLICY, seed=other.seed)
+    }
+    if not all("control_path" in row for row in learned.values()):
         return None
-    return [row["control_path"] for row in learned if row["run"]["seed"] != run.seed]
+    return [row["control_path"] for seed, row in learned.items() if seed != trial.seed]
 
 
-def _short(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+def _log(trial: Trial, loss: float) -> float:
+    """The logarithm of a validation loss; NaN if it is not finite."""
+    if loss < 0:
+        raise ValueError(f"the loss of task {trial.task!r} must not be negative to be compared, it became {loss:g}")
+    return math.log(max(loss, SMALLEST_LOSS)) if math.isfinite(loss) else math.nan
+
+
+def _short(rows: Sequence[Sequence[float | None]]) -> list[list[float | None]]:
     """Rows that begin with an inner step, at five digits, to be written down."""
-    return [[step, *(float(f"{value:.5g}") for value in values)] for step, *values in rows]
+    return [[step, *(None if value is None else float(f"{value:.5g}") for value in values)] for step, *values in rows]
 
 
-def _policy_of(run: Run, policy: SchedulePolicy) -> str | None:
-    return policy.digest if run.schedule in (POLICY, REPLAY) else None
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 1
 
 
-def _key(run: dict[str, Any], policy: str | None) -> tuple[Any, ...]:
-    return (*run.values(), policy)
+def _is_factor(value: object) -> bool:
+    return isinstance(value, int | float) and SMALLEST_FACTOR <= value < math.inf
+
+
+def _policy_of(trial: Trial, policy: Policy) -> str | None:
+    return policy.digest if trial.schedule in (POLICY, REPLAY) else None

@@ -1,77 +1,112 @@
-"""The training runs to compare schedules on. None of them is a task that policies are trained on."""
+"""The tasks to compare schedules on: two that the shipped policy has not trained on, and any other inner task."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from numpy.random import Generator
 from torch import Tensor, nn
 
+from rlsched.envs import FAMILIES, InnerTask, bundled
 from rlsched.envs.data import load_mnist
+from rlsched.envs.mixtures import mixture
+from rlsched.envs.sources import Points
 
-SPLIT_SEED = 0  # one split into training and validation points for all runs
-
-
-class Data(NamedTuple):
-    """Inputs (points, features) and labels (points,), for training and for validation."""
-
-    inputs: Tensor
-    labels: Tensor
-    validation_inputs: Tensor
-    validation_labels: Tensor
+SPLIT_SEED = 0  # one data set, and one split into training and validation points, for all runs
 
 
-@dataclass(frozen=True)
-class Task:
-    """A classification task for a multi-layer perceptron."""
+class FixedSplit:
+    """A source of stored data of which the same points validate whatever is drawn.
 
-    name: str
-    meaning: str
-    widths: tuple[int, ...]
-    batch_size: int
-    load: Callable[[Path | None], tuple[Tensor, Tensor]]  # from the folder that --data names
-    validation_points: int
+    Args:
+        inputs: (points, *input shape).
+        targets: (points, *target shape).
+        validation_points: number of validation points.
+    """
 
-    def data(self, folder: Path | None) -> Data:
-        return _split(self, folder)
+    def __init__(self, inputs: Tensor, targets: Tensor, validation_points: int) -> None:
+        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        validation, training = order[:validation_points], order[validation_points:]
+        self.points = Points(inputs[training], targets[training], inputs[validation], targets[validation])
 
-    def network(self) -> nn.Module:
-        """The network, with torch's own initialisation."""
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(self.widths[:-2], self.widths[1:-1], strict=True):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(self.widths[-2], self.widths[-1]))
+    @property
+    def max_points(self) -> int:
+        return len(self.points.inputs)
 
-
-@lru_cache(maxsize=4)
-def _split(task: Task, folder: Path | None) -> Data:
-    inputs, labels = task.load(folder)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
-    validation, training = order[: task.validation_points], order[task.validation_points :]
-    return Data(inputs[training], labels[training], inputs[validation], labels[validation])
+    def draw(self, rng: Generator) -> Points:
+        return self.points
 
 
-def _digits(_: Path | None) -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
+def perceptron(*widths: int) -> nn.Module:
+    """A perceptron with torch's own initialisation, as users have it."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths[:-1]):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
-    data = load_digits()
-    return torch.from_numpy(data.data / 16).float(), torch.from_numpy(data.target).long()
+
+def digits(_: Path | None = None) -> InnerTask:
+    """scikit-learn's 1,797 digits, 8 × 8; a perceptron 64-64-64-10."""
+    data = bundled("digits")
+    return InnerTask(partial(perceptron, 64, 64, 64, 10), FixedSplit(data.inputs, data.targets, 360), batch_size=32)
 
 
-def _mnist(folder: Path | None) -> tuple[Tensor, Tensor]:
+def mnist(folder: Path | None) -> InnerTask:
+    """10,000 MNIST digits, 28 × 28; a perceptron 784-128-128-10.
+
+    Args:
+        folder: holds MNIST's original test files.
+    """
     if folder is None:
         raise ValueError("task mnist needs --data FOLDER, with MNIST's original files (t10k-*-ubyte, gzipped or not)")
-    return load_mnist(folder)
+    try:
+        images, labels = load_mnist(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--data: {error}") from error
+    return InnerTask(partial(perceptron, 784, 128, 128, 10), FixedSplit(images, labels, 2000), batch_size=64)
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task("digits", "scikit-learn's 1,797 digits, 8 × 8; MLP 64-64-64-10", (64, 64, 64, 10), 32, _digits, 360),
-        Task("mnist", "8,000 MNIST digits, 28 × 28; MLP 784-128-128-10", (784, 128, 128, 10), 64, _mnist, 2000),
-    )
-}
+TASKS: Mapping[str, Callable[[Path | None], InnerTask]] = {"digits": digits, "mnist": mnist}
+
+
+def named(tasks: Sequence[str] | Mapping[str, InnerTask], folder: Path | None = None) -> dict[str, InnerTask]:
+    """The inner tasks to compare on, by their names.
+
+    Args:
+        tasks: inner tasks by names of your own; or names: keys of `TASKS`, of `rlsched.envs.FAMILIES`, or
+            "module:NAME" of an inner task or a sequence of them, which are then numbered.
+        folder: of the data files, for tasks that need them.
+
+    Raises:
+        ValueError: a name is not known, or what it stands for is no inner task.
+        FileNotFoundError: the folder lacks a file.
+    """
+    allowed = f"{[*TASKS, *FAMILIES]}, 'module:NAME', or inner tasks with names: {{'mine': task}}"
+    if isinstance(tasks, Mapping):
+        wrong = {name: task for name, task in tasks.items() if not isinstance(task, InnerTask)}
+        if wrong or not tasks:
+            raise ValueError(f"tasks must map names to at least one InnerTask, got {wrong or 'none'}")
+        return dict(tasks)
+    if isinstance(tasks, InnerTask) or not tasks:
+        raise ValueError(f"tasks must be some of {allowed}, got {tasks!r}")
+    found: dict[str, InnerTask] = {}
+    for name in [tasks] if isinstance(tasks, str) else tasks:
+        if not isinstance(name, str) or (":" not in name and name not in TASKS and name not in FAMILIES):
+            raise ValueError(f"tasks must be some of {allowed}, got {name!r}")
+        if ":" in name:
+            found |= _imported(name)
+        else:
+            found[name] = TASKS[name](folder) if name in TASKS else FAMILIES[name]
+    return found
+
+
+def _imported(name: str) -> dict[str, InnerTask]:
+    try:
+        tasks = mixture(name)
+    except TypeError as error:
+        raise ValueError(f"tasks={name!r} is neither an InnerTask nor a sequence of them: {error}") from error
+    return {name: tasks[0]} if len(tasks) == 1 else {f"{name}[{i}]": task for i, task in enumerate(tasks)}

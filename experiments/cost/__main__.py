@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +16,14 @@ from rlsched.experiments.cost.run import measure
 QUICK = tuple(NETWORKS)[:1]  # networks
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Time the loops, and print the table."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 1 for wrong input, 130 when interrupted."""
+    name = "python -m rlsched.experiments.cost"
     parser = argparse.ArgumentParser(
-        "python -m rlsched.experiments.cost",
+        name,
         description="What a step with rlsched costs beside the same step with clip_grad_norm_ and LambdaLR, and beside "
         "schedulefree and prodigyopt where they are installed. Results that are there already are kept.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/cost"), help="folder for the results (default: %(default)s)"
@@ -33,11 +37,21 @@ def main(arguments: list[str] | None = None) -> None:
         "--quick", action="store_true", help="three rounds of the smallest network, to see that it works"
     )
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     networks = QUICK if options.quick else tuple(options.networks)
-    measure(options.out, networks, seconds=0.0 if options.quick else options.seconds)
-    print(report(options.out))
+    try:
+        if options.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+        measure(options.out, networks, seconds=0.0 if options.quick else options.seconds)
+        print(report(options.out))
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from rlsched.experiments.cost.loops import PLAIN
-from rlsched.experiments.cost.run import RUNS
-from rlsched.experiments.records import publish, read
-
-Row = dict[str, Any]
+from rlsched.experiments.cost.run import RUNS, key
+from rlsched.experiments.journal import Row, read
+from rlsched.experiments.table import markdown, publish
 
 
 def report(out: Path) -> str:
     """Write `table.md` and `plot.png` beside the `runs.jsonl` in `out`, and return the table."""
-    rows = read(out / RUNS)
+    rows = list(read(out / RUNS, key).values())
     return publish(out, table(rows), plot(rows))
 
 
@@ -24,22 +22,19 @@ def table(rows: list[Row]) -> str:
     """Time per step and memory over those of the plain loop, as a Markdown table."""
     kinds = list(dict.fromkeys(row["case"]["loop"] for row in rows))
     cells = {(r["case"]["network"], r["case"]["optimizer"], r["case"]["loop"]): r for r in rows}
-    lines = [
-        "| network | optimizer | parameters | ms per step | " + " | ".join(kinds[1:]) + " |",
-        "|---|---|--:|--:|" + "--:|" * (len(kinds) - 1),
-    ]
+    lines = []
     for network, optimizer in dict.fromkeys((network, optimizer) for network, optimizer, _ in cells):
         plain = cells[network, optimizer, PLAIN]
         line = [network, optimizer, f"{plain['parameters']:,}", f"{plain['milliseconds']:.3g}"]
-        line += [_cell(cells.get((network, optimizer, kind))) for kind in kinds[1:]]
-        lines.append("| " + " | ".join(line) + " |")
+        lines.append([*line, *(_cell(cells.get((network, optimizer, kind))) for kind in kinds[1:])])
     rounds = [row["rounds"] for row in rows]
     caption = (
         f"Time per step over that of the same loop with {PLAIN}, median of {min(rounds)} to {max(rounds)} interleaved "
         "rounds [quartiles]; memory that the loop keeps (weights, gradients, state), over that of the same. "
         f"{rows[0]['threads']} threads."
     )
-    return "\n".join([*lines, "", caption])
+    head = ["network", "optimizer", "parameters", "ms per step", *kinds[1:]]
+    return f"{markdown(head, lines, labels=2)}\n\n{caption}"
 
 
 def plot(rows: list[Row]) -> Figure:

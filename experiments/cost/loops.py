@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlsched import ScheduledOptimizer
-from rlsched.controller import NEVER
+from rlsched import ScheduledOptimizer, schedule
 
 CLASSES, VOCABULARY, LENGTH = 10, 256, 32
 Step = Callable[[], None]  # one step of a training loop
@@ -110,7 +109,8 @@ def loop(name: str, network: Network, optimizer: str) -> Step:
     if is_scheduled:
         inner = ScheduledOptimizer(inner, total_steps=total_steps, decisions=DECISIONS)
         if name == UNMEASURED:
-            inner.controller.next_decision, inner.controller.probing = NEVER, False
+            controller = inner.controller
+            controller.state = schedule.open_window(controller.run, controller.state, total_steps)._replace(probing=0)
     elif name == PLAIN:
         scheduler = LambdaLR(inner, lambda step: max(0.01, 1 - step / total_steps))
 

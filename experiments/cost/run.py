@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from rlsched.experiments.cost.loops import NETWORKS, OPTIMIZERS, PLAIN, loop, loops, memory, window
-from rlsched.experiments.records import provenance, read
+from rlsched.experiments.journal import Journal, Row
 
 RUNS = "runs.jsonl"
 MIN_ROUNDS = 3
@@ -30,6 +30,11 @@ class Case:
     loop: str
 
 
+def key(row: Row) -> Case:
+    """What a row is the result of."""
+    return Case(**row["case"])
+
+
 def measure(
     out: Path, networks: tuple[str, ...] = tuple(NETWORKS), *, seconds: float = 120.0, max_rounds: int = 100
 ) -> None:
@@ -40,23 +45,24 @@ def measure(
         networks: some of `NETWORKS`.
         seconds: about how long to time the loops of one network and optimizer; at least three rounds are done.
         max_rounds: rounds at most.
+
+    Raises:
+        ValueError: a value is out of its range; a line of the results is none.
     """
-    if not set(networks) <= set(NETWORKS):
+    if not networks or not set(networks) <= set(NETWORKS):
         raise ValueError(f"networks must be some of {list(NETWORKS)}, got {list(networks)}")
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / RUNS
-    done = {Case(**row["case"]) for row in read(path)} if path.exists() else set()
-    origin = provenance()
-    with path.open("a") as file:
-        for name, optimizer in tqdm(list(product(networks, OPTIMIZERS)), desc="timing", unit="network"):
-            if all(Case(name, optimizer, kind) in done for kind in loops(optimizer)):
-                continue
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds must be at least 0 and finite, got {seconds}")
+    if max_rounds < MIN_ROUNDS:
+        raise ValueError(f"max_rounds must be at least {MIN_ROUNDS}, got {max_rounds}")
+    journal = Journal(out / RUNS, key)
+    for name, optimizer in tqdm(list(product(networks, OPTIMIZERS)), desc="timing", unit="network"):
+        if not all(Case(name, optimizer, kind) in journal for kind in loops(optimizer)):
             for row in time_loops(name, optimizer, seconds, max_rounds):
-                file.write(json.dumps({**row, "provenance": origin}) + "\n")
-            file.flush()
+                journal.add(row)
 
 
-def time_loops(name: str, optimizer: str, seconds: float, max_rounds: int) -> Iterator[dict[str, Any]]:
+def time_loops(name: str, optimizer: str, seconds: float, max_rounds: int) -> Iterator[Row]:
     """Time the loops of a network in turn, round after round, and compare each with the plain one of its round."""
     steps = {kind: loop(kind, NETWORKS[name], optimizer) for kind in loops(optimizer)}
     kept = {kind: memory(step) for kind, step in steps.items()}

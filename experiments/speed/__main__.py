@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from rlsched.experiments.records import PLOT, TABLE
 from rlsched.experiments.speed.analysis import report
 from rlsched.experiments.speed.plan import QUICK, Plan
 from rlsched.experiments.speed.run import RESULTS, run
+from rlsched.experiments.table import PLOT, TABLE
 
 DESCRIPTION = """\
 Measure on one core how fast networks are trained in a stack, beside eight single environments, a plain loop and the

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from rlsched.experiments.records import publish
+from rlsched.experiments.journal import read
 from rlsched.experiments.speed.plan import INTERVAL, Measurement, Perceptron, Plan
-from rlsched.experiments.speed.run import results
+from rlsched.experiments.speed.run import RESULTS, key
+from rlsched.experiments.table import markdown, publish
 
 MODES = {False: "eager", True: "compiled"}
 COLORS = {False: "tab:blue", True: "tab:red"}
@@ -38,7 +38,7 @@ class Results:
     """The measurements of a plan. All seconds are those of the core; medians over the rounds."""
 
     def __init__(self, out: Path, plan: Plan) -> None:
-        measured = results(out)
+        measured = read(out / RESULTS, key)
         self.plan = plan
         self.rows = {m: measured[m] for group in plan.groups() for m in group}
 
@@ -102,7 +102,7 @@ def tables(results: Results) -> str:
     plan = results.plan
     names = [MODES[compile] for compile in plan.modes]
     sections = {
-        "Targets": _table(
+        "Targets": markdown(
             ["", "target", "measured", ""],
             [
                 [v.target, f"{'at most' if v.at_most else 'at least'} {v.bound:g}", _number(v.measured), v.outcome]
@@ -113,7 +113,7 @@ def tables(results: Results) -> str:
     for network in plan.networks:
         sections[f"{network} ({network.parameters:,} parameters)"] = _speeds(results, network)
     sections["Matrix products alone"] = _ceiling(results)
-    sections[f"Growth, {plan.grown_size} networks at once"] = _table(
+    sections[f"Growth, {plan.grown_size} networks at once"] = markdown(
         ["network", "parameters", "MFLOP of an inner step", *(f"µs, {name}" for name in names)],
         [
             [str(p), _number(p.parameters), _number(p.flops / 1e6), *map(_number, _microseconds(results, p))]
@@ -121,14 +121,14 @@ def tables(results: Results) -> str:
             for p in sorted({network, *plan.grown(network)}, key=lambda p: (p.batch_size, p.hidden))
         ],
     )
-    sections["An update of PPO, mixture {}, {} inner runs".format(*plan.training)] = _table(
+    sections["An update of PPO, mixture {}, {} inner runs".format(*plan.training)] = markdown(
         ["", "environment, s", "rest of the rollouts, s", "training, s", "share of PPO"],
         [
             [MODES[compile], *map(_number, results.update(compile).values()), f"{results.share_of_ppo(compile):.0%}"]
             for compile in plan.modes
         ],
     )
-    sections[f"Families, {plan.grown_size} networks at once"] = _table(
+    sections[f"Families, {plan.grown_size} networks at once"] = markdown(
         [
             *("family", "parameters", *(f"inner steps/s, {name}" for name in names)),
             *(f"environment steps/s, {name}" for name in names),
@@ -204,7 +204,7 @@ def _speeds(results: Results, network: Perceptron) -> str:
             row += [f"{results.over_ceiling(m):.0%}", _number(facts["reset"]["cpu"] / m.size * 1000)]
             row += [_number(facts["first_step"]["wall"])]
         rows.append(row)
-    return _table(
+    return markdown(
         [
             *("networks at once", "environment steps/s", "inner steps/s", "±", "× eight environments", "× plain loop"),
             *("share of the ceiling", "reset of one, ms", "first step (wall), s"),
@@ -222,7 +222,7 @@ def _ceiling(results: Results) -> str:
     for network in plan.networks:
         rates = [results.rate(plan.one("matmul", network, size)) for size in plan.sizes]
         rows.append([str(network), *(f"{_number(r)} ({_number(r * network.flops / 1e9)})" for r in rates)])
-    table = _table(["inner steps/s (GFLOP/s)", *(f"stack of {size}" for size in plan.sizes)], rows)
+    table = markdown(["inner steps/s (GFLOP/s)", *(f"stack of {size}" for size in plan.sizes)], rows)
     return f"{table}\n\nOne product of matrices {plan.square} × {plan.square}: {_number(peak / 1e9)} GFLOP/s."
 
 
@@ -243,7 +243,7 @@ def _memory(results: Results) -> str:
     plan = results.plan
     facts = {f: results.rows[plan.one("memory", f, plan.memory_size)]["facts"] for f in plan.families}
     rows = [[f, *(_number(facts[f][what] / MB) for what in ("tensors", "resident", "peak"))] for f in plan.families]
-    table = _table(["family", "tensors, MB", "growth of the process, MB", "at its peak, MB"], rows)
+    table = markdown(["family", "tensors, MB", "growth of the process, MB", "at its peak, MB"], rows)
     most = max(f["process"] for f in facts.values())
     return f"{table}\n\nA process that has trained one network occupies up to {_number(most / MB)} MB to begin with."
 
@@ -253,8 +253,3 @@ def _number(value: float) -> str:
     if np.isnan(value):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *([*row, *[""] * (len(head) - len(row))] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

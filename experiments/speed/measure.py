@@ -28,9 +28,8 @@ from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.control import CONTROLS
 from rlsched.envs import FAMILIES, InnerTask, SchedulingEnv, SchedulingVectorEnv
 from rlsched.envs.training import InnerTraining
+from rlsched.experiments.journal import Row
 from rlsched.experiments.speed.plan import POINTS, Measurement, Perceptron
-
-Row = dict[str, Any]
 
 WARM_UP = 2  # calls before the first round, after a first one that may compile
 _rounds: Iterator[Row]  # of the one measurement in this process
@@ -182,7 +181,7 @@ def _training_share(m: Measurement) -> Iterator[Row]:
                 processes=1,
                 compile=m.compile,
                 batch_size=min(TrainConfig.batch_size, rollout),
-                decisions=(1 + m.rounds) * rollout,
+                timesteps=(1 + m.rounds) * rollout,
                 eval_episodes=1,
             )
         )
@@ -218,9 +217,11 @@ def _timed(call: Callable[[], object], calls: int = 1, seconds: float = 0.0) -> 
 
 def _spread_ends(env: SchedulingVectorEnv) -> None:
     """Put every run's clock to a random window of its episode, so that episodes end, and resets come, all the time."""
-    training = _training(env)
-    windows = (training.settings.total_steps - 1) / training.task.interval
-    training.networks.steps.copy_(1 + training.task.interval * (windows * torch.rand_like(windows)).floor())
+    (group,) = env._groups
+    interval = group.training.task.interval
+    windows = (group.run.total_steps - 1) / interval
+    steps = 1 + interval * (windows * torch.rand_like(windows)).floor()
+    group.state = group.state._replace(step=steps)
 
 
 def _training(env: SchedulingVectorEnv) -> InnerTraining:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from rlsched.agents.config import TrainConfig
 from rlsched.envs import FAMILIES, InnerTask
+from rlsched.envs.draws import check_at_least
 from rlsched.envs.mixtures import classifier
 from rlsched.envs.sources import TeacherStudent
 
@@ -71,6 +72,17 @@ class Plan:
     compile: bool = True
     rounds: int = 3
     seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.networks) != 2:
+            raise ValueError(f"networks must be two, a small and a large one, got {len(self.networks)}")
+        if not set(self.families) <= set(FAMILIES):
+            raise ValueError(f"families must be some of {list(FAMILIES)}, got {list(self.families)}")
+        for name in ("sizes", "hidden", "batch_sizes"):
+            if min(getattr(self, name), default=1) < 1:
+                raise ValueError(f"{name} must be at least 1, got {list(getattr(self, name))}")
+        check_at_least(1, self, "grown_size", "memory_size", "square", "rounds")
+        check_at_least(0, self, "seconds")
 
     def groups(self) -> list[list[Measurement]]:
         """What to measure, in groups: the measurements of a group take turns."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlsched.experiments.records import provenance, read
+from rlsched.experiments.journal import Journal, Row
 from rlsched.experiments.speed import measure
-from rlsched.experiments.speed.measure import Row
 from rlsched.experiments.speed.plan import Measurement, Perceptron, Plan
 
 RESULTS = "results.jsonl"
@@ -24,26 +22,21 @@ RESULTS = "results.jsonl"
 
 def run(plan: Plan, out: Path) -> None:
     """Measure what `out/results.jsonl` does not have yet, and add a line for each."""
-    out.mkdir(parents=True, exist_ok=True)
+    journal = Journal(out / RESULTS, key)
     groups = plan.groups()
-    origin = provenance()
+    asked = sum(1 + m.rounds for m in {m for group in groups for m in group if m not in journal})
     with ExitStack() as stack:
         cache = stack.enter_context(tempfile.TemporaryDirectory())
-        asked = sum(1 + m.rounds for m in {m for group in groups for m in group} - set(results(out)))
         bar = stack.enter_context(tqdm(total=asked, desc="measuring", unit="round"))
-        file = stack.enter_context((out / RESULTS).open("a"))
         for group in groups:
-            done = results(out)
-            missing = [m for m in group if m not in done]
+            missing = [m for m in group if m not in journal]
             for m, row in _measure(missing, cache, bar) if missing else ():
-                file.write(json.dumps({"measurement": asdict(m), **row, "provenance": origin}) + "\n")
-            file.flush()
+                journal.add({"measurement": asdict(m), **row})
 
 
-def results(out: Path) -> dict[Measurement, Row]:
-    """What has been measured: facts and rounds of each measurement."""
-    path = out / RESULTS
-    return {_measurement(**row["measurement"]): row for row in read(path)} if path.exists() else {}
+def key(row: Row) -> Measurement:
+    """What a row is the result of: facts and rounds of a measurement."""
+    return _measurement(**row["measurement"])
 
 
 def _measure(group: Sequence[Measurement], cache: str, bar: Any) -> Iterator[tuple[Measurement, Row]]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched.integrations.common import controller_of, warn
+from rlsched.integrations.common import check_options, controller_of, warn
 from rlsched.optimizer import Controller
+from rlsched.options import shows_options
 
 try:
     from lightning.pytorch import Callback
@@ -23,6 +24,9 @@ except ImportError:
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.utils.hooks import RemovableHandle
+    from typing_extensions import Unpack
+
+    from rlsched.options import CallbackOptions
 
 
 class ScheduleCallback(Callback):
@@ -50,7 +54,9 @@ class ScheduleCallback(Callback):
             take, and options that `attach` refuses.
     """
 
-    def __init__(self, **options: Any) -> None:
+    @shows_options(required=False)
+    def __init__(self, **options: Unpack[CallbackOptions]) -> None:
+        check_options(options)
         self.options = options
         self.controller: Controller | None = None
         self._restored: dict[str, Any] = {}

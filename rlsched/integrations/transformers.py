@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from rlsched.controller import STATE_KEY, Controller
-from rlsched.integrations.common import controller_of, warn
+from rlsched.checkpoint import STATE_KEY
+from rlsched.controller import Controller
+from rlsched.integrations.common import check_options, controller_of, warn
 from rlsched.optimizer import ScheduledOptimizer
+from rlsched.options import shows_options
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -23,6 +25,9 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+    from typing_extensions import Unpack
+
+    from rlsched.options import CallbackOptions
 
 
 class ScheduleCallback(TrainerCallback):
@@ -49,7 +54,9 @@ class ScheduleCallback(TrainerCallback):
         controller: what drives the optimizer, from the start of training on.
     """
 
-    def __init__(self, **options: Any) -> None:
+    @shows_options(required=False)
+    def __init__(self, **options: Unpack[CallbackOptions]) -> None:
+        check_options(options)
         self.options = options
         self.controller: Controller | None = None
         self._optimizer: Any = None  # the Trainer's, which knows of GradScaler

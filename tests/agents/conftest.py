@@ -26,7 +26,7 @@ def make_config(tiny, tmp_path):
         defaults = {
             "run_dir": str(tmp_path / "run"),
             "tasks": "tiny",
-            "decisions": 3 * 32,
+            "timesteps": 3 * 32,
             "num_envs": 4,
             "processes": 1,
             "n_steps": 8,

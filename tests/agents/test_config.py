@@ -11,8 +11,8 @@ from rlsched.agents import PRESETS, TrainConfig
     ("options", "field"),
     [
         ({"tasks": "nothing"}, "tasks"),
-        ({"decisions": 0}, "decisions"),
-        ({"decisions": 1000}, "decisions"),
+        ({"timesteps": 0}, "timesteps"),
+        ({"timesteps": 1000}, "timesteps"),
         ({"num_envs": -1}, "num_envs"),
         ({"num_envs": 2, "processes": 3, "n_steps": 2048}, "processes"),
         ({"processes": 0}, "processes"),
@@ -23,6 +23,14 @@ from rlsched.agents import PRESETS, TrainConfig
         ({"hidden": ()}, "hidden"),
         ({"hidden": (64, 0)}, "hidden"),
         ({"activation": "gelu"}, "activation"),
+        ({"observations": ("progress", "mood")}, "observations"),
+        ({"observations": ("progress", "progress")}, "observations"),
+        ({"observations": "progress"}, "observations"),
+        ({"observations": ()}, "observations"),
+        ({"controls": ("lr", "mood")}, "controls"),
+        ({"controls": ()}, "controls"),
+        ({"base_schedule": "mood"}, "base_schedule"),
+        ({"actor": "mood"}, "actor"),
         ({"reward": "loss"}, "reward"),
         ({"device": "nowhere"}, "device"),
         ({"device": "meta"}, "device"),
@@ -48,3 +56,4 @@ def test_hyperparameters_survive_json():
     elsewhere = TrainConfig(run_dir="elsewhere", processes=2, device="cpu:0", compile=True)
     assert hyperparameters == elsewhere.hyperparameters()
     assert hyperparameters != TrainConfig(reward="training").hyperparameters()
+    assert hyperparameters != TrainConfig(controls=("lr",)).hyperparameters()

@@ -4,18 +4,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from helpers import always, lively_policy
 
+from rlsched.actors import Perceptron
 from rlsched.agents import evaluate
+from rlsched.agents.evaluation import words
 from rlsched.agents.figures import episode_paths
+from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROLS
 from rlsched.envs import SchedulingVectorEnv, SetupDistribution
-from rlsched.policy import SchedulePolicy
+from rlsched.policy import Domain, Policy, SchedulePolicy
 
 EPISODES, SEED = 5, 70
 
 
 def test_zero_policy_scores_what_zero_actions_earn(tiny):
-    """The fallback's score is what every policy is measured against; an error in it is an error in every claim."""
+    """The base schedule's score is what every policy is measured against; an error in it is an error in every claim."""
     evaluation = evaluate(SchedulePolicy.zero(), tiny, episodes=EPISODES, seed=SEED)
     for episode in range(EPISODES):
         env = SchedulingVectorEnv(1, [tiny[episode % 2]], safe_start=False, autoreset=False)
@@ -34,16 +39,80 @@ def test_zero_policy_scores_what_zero_actions_earn(tiny):
 
 def test_every_policy_meets_the_same_episodes(tiny):
     """Two policies on different episodes would be compared by luck; also when one environment serves twice."""
-    policy = SchedulePolicy.zero()
-    env = SchedulingVectorEnv(EPISODES, tiny, safe_start=False)
-    first = evaluate(policy, seed=SEED, env=env)
-    policy.weights[0][1][:] = 1.0  # always up
-    other = evaluate(policy, seed=SEED, env=env)
+    still, up = always(), always(**dict.fromkeys(CONTROLS, 1.0))
+    env = SchedulingVectorEnv(EPISODES, tiny, **words(still))
+    first = evaluate(still, seed=SEED, env=env)
+    other = evaluate(up, seed=SEED, env=env)
     for one, two in zip(first.paths["total_steps"], other.paths["total_steps"], strict=True):
         np.testing.assert_array_equal(one, two)
     assert (first.returns != other.returns).all()
-    policy.weights[0][1][:] = 0.0
-    np.testing.assert_array_equal(evaluate(policy, seed=SEED, env=env).returns, first.returns)
+    np.testing.assert_array_equal(evaluate(still, seed=SEED, env=env).returns, first.returns)
+
+
+def assert_same_episodes(one, other):
+    """Two evaluations are the same, but for what the policies saw of them."""
+    np.testing.assert_array_equal(one.returns, other.returns)
+    assert one.paths.keys() == other.paths.keys()
+    for key, paths in one.paths.items():
+        for path, expected in zip(paths, other.paths[key], strict=True):
+            np.testing.assert_array_equal(path, expected, err_msg=key)
+
+
+@pytest.mark.parametrize("base_schedule", BASE_SCHEDULES)
+def test_policy_that_is_nowhere_trusted_plays_the_base_schedule(tiny, base_schedule):
+    """Scores without the influence would be those of a policy that nobody gets: users' runs have it."""
+    lively = lively_policy(base_schedule=base_schedule)
+    names = lively.observations, lively.controls
+    still = SchedulePolicy(Perceptron(*map(len, names)), *names, base_schedule=base_schedule)
+    size = len(lively.observations)
+    nowhere = Domain(torch.zeros(size), torch.eye(size), torch.tensor(1e-9))
+    untrusted = lively_policy(base_schedule=base_schedule, domain=nowhere)
+    assert lively.safe_start and still.safe_start and untrusted.safe_start  # all of them begin alike
+    plays = {"tasks": tiny, "episodes": EPISODES, "seed": SEED}
+    expected = evaluate(still, **plays)
+    assert_same_episodes(evaluate(untrusted, **plays), expected)
+    assert (evaluate(lively, **plays).returns != expected.returns).all()
+
+
+class Counting:
+    """Raises the learning rate at the first decisions of a run, which it counts."""
+
+    observations, controls, safe_start = ("progress",), ("lr",), False
+    base_schedule = BASE_SCHEDULES["linear"]
+    digest = "counting"
+    raised = 2  # decisions
+
+    def begin(self, batch=()):
+        return torch.zeros(batch)
+
+    def act(self, observation, memory=None):
+        return (memory < self.raised).float().unsqueeze(-1), memory + 1
+
+
+def test_memory_is_passed_on_and_begins_anew(tiny):
+    """A policy that remembers would be judged by its first decision alone, or by what it remembers of other runs."""
+    policy = Counting()
+    assert isinstance(policy, Policy)
+    env = SchedulingVectorEnv(EPISODES, tiny, **words(policy))
+    for _ in range(2):
+        evaluation = evaluate(policy, seed=SEED, env=env)
+        for run in range(EPISODES):
+            alone = SchedulingVectorEnv(1, [tiny[run % len(tiny)]], **words(policy), autoreset=False)
+            alone.reset(seed=SEED + run)
+            actions = [1.0] * policy.raised + [0.0] * (len(evaluation.paths["lr"][run]) - policy.raised)
+            lr = [alone.step(np.full((1, 1), action, np.float32))[-1]["lr"][0] for action in actions]
+            np.testing.assert_allclose(evaluation.paths["lr"][run], lr, rtol=1e-6)
+            assert len(lr) > policy.raised + 1 and lr[policy.raised - 1] > lr[0]
+
+
+@pytest.mark.parametrize(("observations", "controls"), [(("progress",), None), (None, ("lr",))])
+def test_environment_of_another_shape_is_refused(tiny, observations, controls):
+    """A batch of wrong columns would end in a message about matrices, or be broadcast."""
+    policy = lively_policy()
+    other = {"observations": observations or policy.observations, "controls": controls or policy.controls}
+    env = SchedulingVectorEnv(2, tiny, **other)
+    with pytest.raises(ValueError, match=r"^env observes and moves .*, the policy .*: make it with words\(policy\)"):
+        evaluate(policy, env=env)
 
 
 def wild(task, decisions=(6, 6)):

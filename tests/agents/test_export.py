@@ -5,58 +5,119 @@ import pytest
 import torch
 from stable_baselines3 import PPO
 
-from rlsched.agents.export import export, load_checkpoint
+from rlsched.actors import ACTIVATIONS, ACTORS
+from rlsched.agents.export import WORDS, export, load_checkpoint
+from rlsched.agents.ppo import _new_model
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs import SchedulingVectorEnv
 from rlsched.policy import SchedulePolicy
 
-
-def model_of(tasks, **policy_kwargs):
-    """A PPO model with weights large enough to reach the bounds of the actions."""
-    env = VectorEnvAdapter(SchedulingVectorEnv(2, tasks))
-    model = PPO("MlpPolicy", env, n_steps=8, batch_size=16, policy_kwargs=policy_kwargs, device="cpu", seed=0)
-    with torch.no_grad():
-        for parameter in model.policy.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
+RUNS, DECISIONS = 16, 12
 
 
-@pytest.mark.parametrize("activation", [torch.nn.Tanh, torch.nn.ReLU])
+@pytest.fixture
+def make_model(make_config):
+    """A model as training makes it, with weights large enough to reach the bounds of the actions."""
+
+    def make(**options):
+        config = make_config(**options)
+        seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule")}
+        model = _new_model(VectorEnvAdapter(SchedulingVectorEnv(2, config.tasks, **seen)), config)
+        with torch.no_grad():
+            for parameter in model.policy.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            model.policy.action_net.weight.mul_(4.0)
+        return model
+
+    return make
+
+
+def predictions(model, observations):
+    """The model's deterministic actions on sequences of observations, with what it remembers in between."""
+    state, actions = None, []
+    for step, observation in enumerate(observations):
+        starts = np.full(len(observation), step == 0)
+        action, state = model.predict(observation, state, episode_start=starts, deterministic=True)
+        actions.append(action)
+    return np.stack(actions)
+
+
+def decisions(policy, observations):
+    """The same of a policy."""
+    memory, actions = policy.begin(observations.shape[1:-1]), []
+    for observation in observations:
+        action, memory = policy.act(torch.from_numpy(observation), memory)
+        actions.append(action.numpy())
+    return np.stack(actions)
+
+
+def sequences(space):
+    """Observations of some runs from their first decision on."""
+    shape = (DECISIONS, RUNS, *space.shape)
+    return np.random.default_rng(0).uniform(space.low, space.high, shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("hidden", [(16,), (8, 12)])
-def test_exported_policy_acts_like_the_model(tiny, tmp_path, activation, hidden):
-    """What is shipped must be what was trained."""
-    model = model_of(tiny, activation_fn=activation, net_arch={"pi": list(hidden), "vf": [4]})
-    space = model.observation_space
-    observations = np.random.default_rng(0).uniform(space.low, space.high, (256, *space.shape)).astype(np.float32)
-    expected, _ = model.predict(observations, deterministic=True)
-    policy = SchedulePolicy.load(export(model, info={"name": "test"}).save(tmp_path / "policy.safetensors"))
-    actions = policy.act(torch.from_numpy(observations)).numpy()
-    np.testing.assert_allclose(actions, expected, atol=1e-5)
+@pytest.mark.parametrize("actor", ACTORS)
+def test_exported_policy_acts_like_the_model(make_model, tmp_path, actor, hidden, activation):
+    """What is shipped must be what was trained, at every decision of a run, and in one run as in many."""
+    model = make_model(actor=actor, hidden=hidden, activation=activation)
+    observations = sequences(model.observation_space)
+    expected = predictions(model, observations)
+    exported = export(model, info={"name": "test"}).save(tmp_path / "policy.safetensors")
+    model.save(tmp_path / "checkpoint.zip")
+    for policy in (SchedulePolicy.load(exported), load_checkpoint(tmp_path)):
+        np.testing.assert_allclose(decisions(policy, observations), expected, atol=1e-5)
+        for run in range(2):
+            np.testing.assert_allclose(decisions(policy, observations[:, run]), expected[:, run], atol=1e-5)
     assert (np.abs(expected) == 1).any() and (np.abs(expected) < 1).any()
-    assert policy.info == {"name": "test"} and policy.safe_start
+    policy = SchedulePolicy.load(exported)
+    assert policy.info == {"name": "test"} and policy.safe_start and policy.actor.name == actor
 
 
-def test_later_training_does_not_change_an_export(tiny):
+def test_export_knows_what_the_model_sees_and_moves(make_model, tmp_path):
+    """The same numbers under other names, or in another order, are another policy; that fits everywhere."""
+    seen = {"observations": ("adaptive", "progress"), "controls": ("clip", "lr")}
+    model = make_model(**seen)
+    model.save(tmp_path / "checkpoint.zip")
+    observations = sequences(model.observation_space)
+    for policy in (export(model), load_checkpoint(tmp_path)):
+        assert {"observations": policy.observations, "controls": policy.controls} == seen
+        assert policy.base_schedule.name == getattr(model, WORDS)["base_schedule"]
+        np.testing.assert_allclose(decisions(policy, observations), predictions(model, observations), atol=1e-5)
+
+
+@pytest.mark.parametrize("actor", ACTORS)
+def test_later_training_does_not_change_an_export(make_model, actor):
     """An export that shares its weights with the model would change under the one who evaluates it."""
-    model = model_of(tiny, net_arch={"pi": [8], "vf": [4]})
+    model = make_model(actor=actor)
     policy = export(model)
     digest = policy.digest
     with torch.no_grad():
         for parameter in model.policy.parameters():
             parameter.add_(1.0)
-    assert policy.digest == digest
+    assert policy.digest == digest != export(model).digest
 
 
-def test_other_networks_are_refused(tiny):
+def test_other_models_are_refused(make_model, tiny, tmp_path):
     """An actor that a policy file cannot express must not be exported as if it could."""
-    model = model_of(tiny, activation_fn=torch.nn.GELU, net_arch={"pi": [8], "vf": [4]})
-    with pytest.raises(ValueError, match="GELU"):
-        export(model)
+    env = VectorEnvAdapter(SchedulingVectorEnv(2, tiny))
+    foreign = PPO("MlpPolicy", env, n_steps=8, batch_size=16, device="cpu")
+    foreign.save(tmp_path / "checkpoint.zip")
+    for refused in (lambda: export(foreign), lambda: load_checkpoint(tmp_path)):
+        with pytest.raises(ValueError, match=r"^model: it does not say what it observes and moves"):
+            refused()
+    for option, value in (("hidden", (8, 8)), ("hidden", (9,)), ("controls", ("lr",)), ("observations", ("lr",))):
+        model = make_model(hidden=(8,))
+        setattr(model, WORDS, {**getattr(model, WORDS), option: value})
+        with pytest.raises(ValueError, match=r"^model: its network is not the perceptron that it says it is"):
+            export(model)
 
 
-def test_checkpoint_gives_the_policy_of_its_model(tiny, tmp_path):
+def test_checkpoint_gives_the_policy_of_its_model(make_model, tmp_path):
     """A run that was stopped half-way has only its checkpoint; the policy in it must not be lost or mistaken."""
-    model = model_of(tiny, net_arch={"pi": [8], "vf": [4]})
+    model = make_model()
     model.save(tmp_path / "checkpoint.zip")
     for source in (tmp_path, tmp_path / "checkpoint.zip"):
         assert load_checkpoint(source).digest == export(model).digest

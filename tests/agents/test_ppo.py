@@ -10,8 +10,12 @@ from matplotlib.figure import Figure
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlsched.actors import ACTORS
 from rlsched.agents import evaluate, train
-from rlsched.agents.export import export
+from rlsched.agents.export import export, learner, load_checkpoint
+from rlsched.agents.ppo import _vector_env
+from rlsched.base_schedule import BASE_SCHEDULES
+from rlsched.base_schedule import base_schedule as base_schedule_of
 from rlsched.envs import SchedulingVectorEnv
 from rlsched.policy import SchedulePolicy
 
@@ -35,9 +39,19 @@ def events_of(run_dir):
     return tags, plugins
 
 
-def interrupt_in(monkeypatch, update):
+def assert_close_weights(one, other, **tolerance):
+    """The actors of two policies have the same weights, whatever their domains."""
+    torch.testing.assert_close(one.actor.state_dict(), other.actor.state_dict(), **tolerance)
+
+
+def evaluate_again(policy, config):
+    """The mean return in the episodes of a configuration's evaluations."""
+    return evaluate(policy, config.tasks, episodes=config.eval_episodes, seed=config.eval_seed).mean_return
+
+
+def interrupt_in(monkeypatch, update, algorithm=PPO):
     """Let Ctrl-C arrive in the middle of an update, counted from 1 within one call of `train`."""
-    original, calls = PPO.train, []
+    original, calls = algorithm.train, []
 
     def interrupted(model):
         calls.append(model.num_timesteps)
@@ -45,7 +59,7 @@ def interrupt_in(monkeypatch, update):
             raise KeyboardInterrupt
         original(model)
 
-    monkeypatch.setattr(PPO, "train", interrupted)
+    monkeypatch.setattr(algorithm, "train", interrupted)
 
 
 def test_run_leaves_everything_it_promises(make_config, tiny, capsys):
@@ -61,7 +75,7 @@ def test_run_leaves_everything_it_promises(make_config, tiny, capsys):
     assert json.loads((run_dir / "config.json").read_text()) == config.hyperparameters()
     assert policy.digest == SchedulePolicy.load(run_dir / "policy.safetensors").digest
     assert policy.info == SchedulePolicy.load(run_dir / "policy.safetensors").info
-    assert policy.info["training"]["decisions_done"] == config.decisions
+    assert policy.info["training"]["timesteps_done"] == config.timesteps
     # The checkpoint is that of the last update, and the scores are those of the policy.
     assert export(PPO.load(run_dir / "checkpoint.zip", device="cpu")).digest == policy.digest
     scores = policy.info["evaluation"]
@@ -84,13 +98,13 @@ def test_run_leaves_everything_it_promises(make_config, tiny, capsys):
     assert tags["train/learning_rate"]
     assert any("hparams" in plugin for plugin in plugins)
     shown = capsys.readouterr().err
-    assert "training" in shown and "evaluated=" in shown and "fallback=" in shown and "96.0/96.0" in shown
+    assert "training" in shown and "evaluated=" in shown and "base schedule=" in shown and "96.0/96.0" in shown
 
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_finished_run_is_not_trained_again(make_config, monkeypatch):
     """A command given twice must not overwrite the first result, or take as long again."""
-    config = make_config(decisions=32)
+    config = make_config(timesteps=32)
     policy = train(config)
     before = {path: path.stat().st_mtime_ns for path in Path(config.run_dir).iterdir()}
     monkeypatch.setattr("rlsched.agents.ppo._vector_env", None)
@@ -102,50 +116,95 @@ def test_finished_run_is_not_trained_again(make_config, monkeypatch):
 @pytest.mark.usefixtures("_no_pictures")
 def test_finished_run_is_trained_further_when_more_is_asked_for(make_config):
     """Whoever finds a policy still improving must not have to start over, and one who asks for less keeps it all."""
-    first = train(make_config(decisions=32))
-    longer = train(make_config(decisions=64))
+    first = train(make_config(timesteps=32))
+    longer = train(make_config(timesteps=64))
     assert longer.digest != first.digest
-    assert longer.info["training"]["decisions_done"] == 64
-    with pytest.raises(ValueError, match="decisions"):
-        train(make_config(decisions=32))
+    assert longer.info["training"]["timesteps_done"] == 64
+    with pytest.raises(ValueError, match="timesteps"):
+        train(make_config(timesteps=32))
 
 
 @pytest.mark.usefixtures("_no_pictures")
-def test_interrupted_run_goes_on(make_config, monkeypatch):
+@pytest.mark.parametrize("actor", ACTORS)
+def test_interrupted_run_goes_on(make_config, monkeypatch, actor):
     """A machine that goes away must cost no more than the update it was in."""
-    config = make_config()
+    config, algorithm = make_config(actor=actor), learner(actor)
     checkpoint = Path(config.run_dir) / "checkpoint.zip"
     with monkeypatch.context() as patch:
-        interrupt_in(patch, update=2)
+        interrupt_in(patch, 2, algorithm)
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert not (checkpoint.parent / "policy.safetensors").exists()
-    saved = PPO.load(checkpoint, device="cpu")
+    saved = algorithm.load(checkpoint, device="cpu")
     assert saved.num_timesteps == 32  # the second update was lost
+    assert load_checkpoint(config.run_dir).digest == export(saved).digest
     (checkpoint.parent / "checkpoint.partial.zip").write_bytes(b"a kill while this was written")
 
     started = []
 
-    def recorded(model, *args, _learn=PPO.learn, **kwargs):
+    def recorded(model, *args, _learn=algorithm.learn, **kwargs):
         started.append((model.num_timesteps, export(model).digest, model.seed))
         return _learn(model, *args, **kwargs)
 
-    monkeypatch.setattr(PPO, "learn", recorded)
+    monkeypatch.setattr(algorithm, "learn", recorded)
     policy = train(config)
     assert [(steps, digest) for steps, digest, _ in started] == [(32, export(saved).digest)]
-    assert policy.info["training"]["decisions_done"] == config.decisions
+    assert policy.info["training"]["timesteps_done"] == config.timesteps
     rates = events_of(config.run_dir)[0]
     assert sorted(set(rates["rollout/ep_rew_mean"])) == [32, 64, 96]
-    final = PPO.load(checkpoint, device="cpu")
-    assert final.num_timesteps == config.decisions
+    final = algorithm.load(checkpoint, device="cpu")
+    assert final.num_timesteps == config.timesteps
     # The learning rate goes on falling where it stopped: at the last update all of the way is behind it.
     assert final.policy.optimizer.param_groups[0]["lr"] == pytest.approx(config.final_learning_rate)
+    assert load_checkpoint(config.run_dir).digest == policy.digest != export(saved).digest
+    assert policy.actor.name == actor
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize("base_schedule", BASE_SCHEDULES)
+def test_policy_sees_moves_and_modulates_what_was_asked_for(make_config, monkeypatch, base_schedule):
+    """Weights under the names of other observations, or scores over another base schedule, are a policy for nobody."""
+    asked = {"observations": ("loss_vs_first", "progress"), "controls": ("clip", "lr")}
+    config = make_config(timesteps=32, base_schedule=base_schedule, **asked)
+    made = []
+
+    def recorded(config, num_envs, **options):
+        made.append(options)
+        return _vector_env(config, num_envs, **options)
+
+    monkeypatch.setattr("rlsched.agents.ppo._vector_env", recorded)
+    policy = train(config)
+    assert len(made) == 3  # to train in, and to play the policy and the zero policy in
+    assert all(base_schedule_of(options["base_schedule"]).name == base_schedule for options in made)
+    assert {"observations": policy.observations, "controls": policy.controls} == asked
+    assert policy.base_schedule == BASE_SCHEDULES[base_schedule]
+    scores = policy.info["evaluation"]
+    assert scores["return"] == pytest.approx(evaluate_again(policy, config), abs=1e-3)
+    zero = evaluate_again(SchedulePolicy.zero(base_schedule), config)
+    assert scores["return_of_zero_policy"] == pytest.approx(zero, abs=1e-3)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_scores_are_those_of_the_policy_with_its_domain(make_config, monkeypatch):
+    """A domain that an older one helped to find would narrow with each evaluation; and a score must be the policy's."""
+    played = []
+
+    def recorded(policy, **options):
+        played.append(policy)
+        return evaluate(policy, **options)
+
+    monkeypatch.setattr("rlsched.agents.ppo.evaluate", recorded)
+    policy = train(make_config())
+    _, *explored, final = played  # the first is the zero policy
+    assert len(explored) == 3 and all(explorer.domain is None for explorer in explored)
+    assert final.digest == policy.digest and policy.domain is not None
+    assert policy.info["evaluation"]["return"] == pytest.approx(evaluate_again(policy, make_config()), abs=1e-3)
 
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_killed_in_the_last_evaluation_loses_no_update(make_config, monkeypatch):
     """Everything is trained by then: going on must finish the run, and train nothing."""
-    config = make_config(decisions=64)
+    config = make_config(timesteps=64)
     with monkeypatch.context() as patch:
         patch.setattr("rlsched.agents.ppo._EvaluationCallback.finish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -153,9 +212,8 @@ def test_killed_in_the_last_evaluation_loses_no_update(make_config, monkeypatch)
     saved = export(PPO.load(Path(config.run_dir) / "checkpoint.zip", device="cpu"))
     monkeypatch.setattr(PPO, "train", lambda model: 1 / 0)
     policy = train(config)
-    for one, other in zip(policy.weights, saved.weights, strict=True):
-        assert all(map(torch.equal, one, other))
-    assert policy.info["training"]["decisions_done"] == 64
+    assert_close_weights(policy, saved, rtol=0, atol=0)
+    assert policy.info["training"]["timesteps_done"] == 64
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -177,14 +235,14 @@ def test_resumed_run_meets_new_episodes(make_config, monkeypatch):
 @pytest.mark.usefixtures("_no_pictures")
 def test_other_hyperparameters_are_refused(make_config):
     """Half a run with one configuration and half with another is a run of neither; another machine is no other run."""
-    policy = train(make_config(decisions=32))
+    policy = train(make_config(timesteps=32))
     with pytest.raises(ValueError, match=r"n_epochs \(there 1, now 2\)") as error:
-        train(make_config(decisions=32, n_epochs=2))
+        train(make_config(timesteps=32, n_epochs=2))
     assert "seed" not in str(error.value)
     with pytest.raises(ValueError, match=r"reward \(there 'validation', now 'best'\)"):
-        train(make_config(decisions=32, reward="best"))
-    assert train(make_config(decisions=32, device="cpu:0", processes=2)).digest == policy.digest
-    assert train(make_config(decisions=64, device="cpu:0")).info["training"]["decisions_done"] == 64
+        train(make_config(timesteps=32, reward="best"))
+    assert train(make_config(timesteps=32, device="cpu:0", processes=2)).digest == policy.digest
+    assert train(make_config(timesteps=64, device="cpu:0")).info["training"]["timesteps_done"] == 64
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -192,7 +250,7 @@ def test_reward_is_for_training_and_the_validation_loss_for_the_score(make_confi
     """Policies that were trained on different rewards could not be compared by scores of different kinds."""
     policies = {}
     for reward in ("validation", "training"):
-        config = make_config(run_dir=str(tmp_path / reward), decisions=32, reward=reward)
+        config = make_config(run_dir=str(tmp_path / reward), timesteps=32, reward=reward)
         policies[reward] = policy = train(config)
         assert policy.info["training"]["reward"] == reward
         again = evaluate(policy, tiny, episodes=config.eval_episodes, seed=config.eval_seed)
@@ -206,7 +264,7 @@ def test_reward_is_for_training_and_the_validation_loss_for_the_score(make_confi
 @pytest.mark.usefixtures("_no_pictures")
 def test_damaged_checkpoint_is_named(make_config, monkeypatch):
     """A message from inside a zip file does not tell anybody what to delete."""
-    config = make_config(decisions=64)
+    config = make_config(timesteps=64)
     with monkeypatch.context() as patch:
         interrupt_in(patch, update=2)
         with pytest.raises(KeyboardInterrupt):
@@ -218,16 +276,15 @@ def test_damaged_checkpoint_is_named(make_config, monkeypatch):
         with pytest.raises(ValueError, match=r"checkpoint\.zip cannot be read: .*Delete it to start over"):
             train(config)
     checkpoint.unlink()
-    assert train(config).info["training"]["decisions_done"] == 64
+    assert train(config).info["training"]["timesteps_done"] == 64
 
 
 @pytest.mark.usefixtures("_no_pictures")
 def test_same_seed_gives_the_same_policy(make_config, tmp_path):
     """A result that nobody can make again is none."""
     one, other, third = (
-        train(make_config(run_dir=str(tmp_path / name), decisions=32, seed=seed))
+        train(make_config(run_dir=str(tmp_path / name), timesteps=32, seed=seed))
         for name, seed in (("one", 3), ("other", 3), ("third", 4))
     )
     assert one.digest != third.digest
-    for (w, b), (v, c) in zip(one.weights, other.weights, strict=True):
-        torch.testing.assert_close((w, b), (v, c))
+    assert_close_weights(one, other)

@@ -1,11 +1,13 @@
 """The policies that ship."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from rlsched import SchedulePolicy
-from rlsched.experiments.compare.run import Run, perform
+from rlsched.experiments.compare.run import Trial, perform
+from rlsched.experiments.compare.tasks import digits
 from rlsched.policy import available
 
 
@@ -19,7 +21,7 @@ def test_default_policy_ships():
 def test_shipped_policy_says_how_it_was_trained_and_scored(name):
     """A policy of unknown origin cannot be reproduced, judged or trusted."""
     info = SchedulePolicy.load(name).info
-    assert info["training"]["decisions_done"] > 0
+    assert info["training"]["timesteps_done"] > 0
     assert info["evaluation"]["return"] > info["evaluation"]["return_of_zero_policy"]
 
 
@@ -27,10 +29,10 @@ def test_shipped_policy_says_how_it_was_trained_and_scored(name):
 @pytest.mark.parametrize("lr_factor", [0.1, 10.0])
 def test_default_policy_repairs_a_wrong_learning_rate(optimizer, lr_factor):
     """The promise of the package: a base learning rate that is wrong by ten costs little, where linear decay fails."""
-    run = {"task": "digits", "optimizer": optimizer, "steps": 300, "lr_factor": lr_factor, "seed": 0}
-    learned = perform(Run(schedule="policy", **run), SchedulePolicy.load("default"))
+    trial = Trial("digits", optimizer, 300, "policy", lr_factor, seed=0)
+    learned = perform(trial, digits(), SchedulePolicy.load("default"))
     chance = math.log(math.log(10))
     assert learned["log_loss"] < chance - 1.5
     if (optimizer, lr_factor) != ("adam", 10.0):  # there ten times the usual default is a good rate for so short a run
-        fallback = perform(Run(schedule="linear", **run), SchedulePolicy.zero())
-        assert learned["log_loss"] < fallback["log_loss"] - 0.5
+        linear = perform(replace(trial, schedule="linear"), digits(), SchedulePolicy.zero())
+        assert learned["log_loss"] < linear["log_loss"] - 0.5

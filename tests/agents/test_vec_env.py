@@ -17,7 +17,7 @@ def test_episode_ends_are_told_as_stable_baselines_expects(tiny):
     np.testing.assert_array_equal(env.reset(), plain.reset(seed=7)[0])
     returns, lengths, episodes = np.zeros(runs), np.zeros(runs, int), 0
     for step in range(20):
-        actions = np.random.default_rng(step).uniform(-1, 1, (runs, 3)).astype(np.float32)
+        actions = np.random.default_rng(step).uniform(-1, 1, plain.action_space.shape).astype(np.float32)
         observations, rewards, done, infos = env.step(actions)
         expected, expected_rewards, ended, _, raw = plain.step(actions)
         np.testing.assert_array_equal(observations, expected)

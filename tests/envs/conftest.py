@@ -28,7 +28,8 @@ def play():
 
     def play(env, *, seed, steps, runs=None):
         runs = range(env.num_envs) if runs is None else runs
-        drawn = np.stack([np.random.default_rng(run).uniform(-1, 1, (steps, 3)) for run in runs], 1)
+        shape = (steps, *env.single_action_space.shape)
+        drawn = np.stack([np.random.default_rng(run).uniform(-1, 1, shape) for run in runs], 1)
         observations, infos = env.reset(seed=seed)
         history = [(observations, np.zeros(len(runs)), np.zeros(len(runs), bool), infos)]
         for actions in drawn.astype(np.float32):

@@ -18,19 +18,20 @@ from torch.nn.utils import parameters_to_vector
 from torch.optim.lr_scheduler import LambdaLR
 
 import rlsched.envs
-from rlsched import control
+from rlsched import control, schedule
+from rlsched.base_schedule import BASE_SCHEDULES
+from rlsched.control import CONTROL_NAMES
 from rlsched.envs import FAMILIES, SchedulingEnv, SchedulingVectorEnv
+from rlsched.envs.optimizers import OPTIMIZERS
 from rlsched.envs.scheduling import REWARDS
-from rlsched.envs.tasks import OPTIMIZERS
+from rlsched.envs.sharding import Inline, ShardedVectorEnv
 from rlsched.envs.training import InnerTraining
-from rlsched.signals import OBSERVATION_NAMES
+from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EVERY = dict.fromkeys(OPTIMIZERS, 1)
 INFOS = {
-    "lr",
-    "momentum",
-    "clip",
+    *CONTROL_NAMES,
     "train_loss",
     "validation_loss",
     "best_validation_loss",
@@ -41,6 +42,11 @@ INFOS = {
     "adaptive",
     "diverged",
 }
+SUBSETS = [  # of observations and controls
+    (OBSERVATION_NAMES, CONTROL_NAMES[:1]),
+    (OBSERVATION_NAMES[:1], CONTROL_NAMES),
+    (OBSERVATION_NAMES[::-3], CONTROL_NAMES[:0:-1]),
+]
 # Learning rates at which the loss goes down and up again, but not to infinity.
 BOLD = {"sgd_lr": (0.1, 3), "adaptive_lr": (0.01, 0.3)}
 
@@ -53,7 +59,7 @@ def family(make_task):
 
 def zeros(runs):
     """The actions that stand still."""
-    return np.zeros((runs, len(control.CONTROLS)), np.float32)
+    return np.zeros((runs, len(CONTROL_NAMES)), np.float32)
 
 
 def assert_same(one, other, **tolerance):
@@ -96,6 +102,9 @@ def test_made_by_name(make_task):
 def test_gymnasium_checks_the_environment(make_task, family):
     """An environment that breaks Gymnasium's rules breaks the wrappers and algorithms built on them."""
     gymnasium_check_env(SchedulingEnv([make_task(), family("conv-batch-norm")]), skip_render_check=True)
+    for observations, controls in SUBSETS:
+        env = SchedulingEnv([make_task()], observations=observations, controls=controls)
+        gymnasium_check_env(env, skip_render_check=True)
 
 
 def test_stable_baselines_checks_the_environment(make_task, family):
@@ -142,7 +151,7 @@ def test_single_environment_is_a_vector_environment_of_one(make_task, play):
     tasks = [make_task(decisions=(4, 4), no_loss=0)]
     vector = play(SchedulingVectorEnv(1, tasks, autoreset=False), seed=3, steps=4)
     env = SchedulingEnv(tasks)
-    drawn = np.random.default_rng(0).uniform(-1, 1, (4, 3)).astype(np.float32)
+    drawn = np.random.default_rng(0).uniform(-1, 1, (4, len(CONTROL_NAMES))).astype(np.float32)
     for step, (observations, rewards, ended, infos) in enumerate(vector):
         if step == 0:
             observation, info = env.reset(seed=3)
@@ -229,14 +238,14 @@ def test_training_reward_is_the_mean_loss_of_the_window(make_task, told):
         seen.append(infos["train_loss"])
         rewards.append(reward)
     for run in range(runs):
-        losses = fallback_losses(replay(task, 3 + run))
+        losses = base_schedule_losses(replay(task, 3 + run))
         means = np.array([losses[0], *np.reshape(losses[1:], (4, task.interval)).mean(1)])
         np.testing.assert_allclose(np.stack(seen)[:, run], means, rtol=1e-4)
         np.testing.assert_allclose(np.cumsum(rewards, 0)[:, run], np.log(means[0] / means), atol=1e-4)
 
 
-def fallback_losses(episode):
-    """The loss at each step of a run under the fallback schedule, trained by torch."""
+def base_schedule_losses(episode):
+    """The loss at each step of a run under the base schedule, trained by torch."""
     optimizer, losses = episode.optimizer(), []
     schedule = LambdaLR(optimizer, lambda n: 1 - n / episode.total_steps)
     for loss in episode.losses():
@@ -457,8 +466,8 @@ def test_divergence_stays_within_its_run(make_task, play):
     assert_same(part(history, others), part(expected, others), rtol=1e-5, atol=1e-5)
 
 
-def test_zero_actions_are_the_fallback_schedule(make_task):
-    """The policy's actions are corrections to this schedule; were it another, so would a user's fallback be."""
+def test_zero_actions_are_the_base_schedule(make_task):
+    """The policy's actions are corrections to this schedule; were it another, so would what a user falls back on be."""
     task = make_task(decisions=(7, 7), optimizers=EVERY, other_momentum=0.5, no_momentum=0.3)
     runs, seed = 24, 17
     env = SchedulingVectorEnv(runs, [task], safe_start=False, autoreset=False)
@@ -475,6 +484,70 @@ def test_zero_actions_are_the_fallback_schedule(make_task):
         np.testing.assert_allclose(infos["lr"], base * (1 - (1 + decision * task.interval) / total), rtol=1e-5)
         np.testing.assert_allclose(infos["momentum"], [s.momentum for s in setups], rtol=1e-6)
         np.testing.assert_array_equal(infos["clip"], control.OUTLIER)
+
+
+@pytest.mark.parametrize("name", BASE_SCHEDULES)
+def test_zero_actions_are_the_base_schedule_that_was_asked_for(make_task, name):
+    """A policy that was trained over another schedule than its users run it over would correct what is not there."""
+    task = make_task(decisions=(7, 7), optimizers=EVERY, no_momentum=0.3)
+    runs, total = 8, 1 + 7 * task.interval
+    env = SchedulingVectorEnv(runs, [task], base_schedule=name, safe_start=False, autoreset=False)
+    _, infos = env.reset(seed=3)
+    base = env._groups[0].training.settings.lr.numpy()
+    seen = [infos["lr"]] + [env.step(zeros(runs))[-1]["lr"] for _ in range(7)]
+    starts = np.array([0, *range(1, total, task.interval)])  # of windows, in inner steps
+    fractions, factors = zip(*BASE_SCHEDULES[name].knots, strict=True)
+    expected = np.interp(starts / total, fractions, factors)[:, None] * base
+    np.testing.assert_allclose(np.stack(seen), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("observations", "controls"), SUBSETS)
+def test_fewer_observations_and_controls_are_a_part_of_all(make_task, play, observations, controls):
+    """Under its own names a policy would be shown, and move, what it was not trained on; columns have no names."""
+    tasks, runs, steps = [make_task(), make_task(hidden=(), no_loss=1.0)], 4, 9
+    part_of = SchedulingVectorEnv(runs, tasks, observations=observations, controls=controls)
+    assert part_of.single_observation_space.shape == (len(observations),)
+    assert part_of.single_action_space.shape == (len(controls),)
+    history = play(part_of, seed=3, steps=steps)
+    drawn = np.stack([np.random.default_rng(run).uniform(-1, 1, (steps, len(controls))) for run in range(runs)], 1)
+    env = SchedulingVectorEnv(runs, tasks)
+    seen, moved = (
+        [all_names.index(name) for name in names]
+        for all_names, names in ((OBSERVATION_NAMES, observations), (CONTROL_NAMES, controls))
+    )
+    expected, infos = env.reset(seed=3)
+    whole = [(expected[:, seen], np.zeros(runs), np.zeros(runs, bool), infos)]
+    for row in drawn.astype(np.float32):
+        actions = zeros(runs)
+        actions[:, moved] = row
+        expected, rewards, ended, _, infos = env.step(actions)
+        whole.append((expected[:, seen], rewards, ended, infos))
+    assert_same(history, whole, rtol=0, atol=0)
+    assert sum(ended.sum() for _, _, ended, _ in whole) >= runs
+    for (*_, one), (*_, other) in zip(history, whole, strict=True):
+        for observation, full in zip(one.get("final_obs", []), other.get("final_obs", []), strict=True):
+            assert (observation is None) == (full is None)
+            if full is not None:
+                np.testing.assert_array_equal(observation, full[seen])
+
+
+@pytest.mark.parametrize("given", [("progress", "mood"), ("lr", "lr"), "lr", (), (1,)])
+@pytest.mark.parametrize(("argument", "allowed"), [("observations", OBSERVATION_NAMES), ("controls", CONTROL_NAMES)])
+def test_wrong_names_are_refused(make_task, argument, allowed, given):
+    """A misspelt name would be missed when the policy is deployed, or in a message about tensors."""
+    for make in (SchedulingVectorEnv, partial(ShardedVectorEnv, processes=1, transport=Inline)):
+        with pytest.raises(ValueError) as error:
+            make(2, [make_task()], **{argument: given})
+        assert str(error.value).startswith(f"{argument} must be ")
+        assert str(allowed) in str(error.value) and str(error.value).endswith(f"got {given!r}")
+    with pytest.raises(ValueError, match=f"^{argument} must be"):
+        SchedulingEnv([make_task()], **{argument: given})
+
+
+def test_wrong_base_schedule_is_refused(make_task):
+    """Another schedule in its place would be found by nobody."""
+    with pytest.raises(ValueError, match=r"^base_schedule must be one of \[.*'linear'.*\], got 'mood'"):
+        SchedulingVectorEnv(2, [make_task()], base_schedule="mood")
 
 
 def test_safe_start_lowers_absurd_learning_rates_and_keeps_sane_ones(make_task):
@@ -498,7 +571,7 @@ def test_probe_hardly_moves_the_weights(make_task):
         env = SchedulingVectorEnv(1, [task], safe_start=safe)
         env.reset(seed=0)
         moved.append((env._groups[0].training.networks.params - start).norm())
-    assert moved[0] / moved[1] == pytest.approx(control.PROBE, rel=1e-2)
+    assert moved[0] / moved[1] == pytest.approx(schedule.PROBE, rel=1e-2)
 
 
 def test_no_momentum_control_without_momentum(make_task):
@@ -508,8 +581,8 @@ def test_no_momentum_control_without_momentum(make_task):
     def observations(momentum_action):
         env = SchedulingVectorEnv(3, [task], autoreset=False)
         env.reset(seed=0)
-        actions = np.full((3, 3), 0.3, np.float32)
-        actions[:, control.MOMENTUM] = momentum_action
+        actions = zeros(3) + 0.3
+        actions[:, CONTROL_NAMES.index("momentum")] = momentum_action
         return np.stack([env.step(actions)[0] for _ in range(4)]), env._infos()["momentum"]
 
     (up, momentum), (down, _) = observations(1), observations(-1)
@@ -520,10 +593,11 @@ def test_no_momentum_control_without_momentum(make_task):
 def test_unreported_loss_is_not_seen_but_rewarded(make_task, play):
     """A policy must work for a user who never passes the loss, and learns to only if it is hidden from it."""
     env = SchedulingVectorEnv(3, [make_task(no_loss=1.0)])
-    hidden = [i for i, name in enumerate(OBSERVATION_NAMES) if name.startswith("loss") or name == "predicted_decrease"]
-    assert len(hidden) == 6
+    names = [name for name in OBSERVATION_NAMES if name.startswith("loss") or name == "predicted_decrease"]
+    assert {"loss_vs_fast", "loss_vs_slow", "loss_vs_first", "loss_noise", "loss_trend"} < set(names)
+    hidden = [OBSERVATION_NAMES.index(name) for name in names]
     for observations, rewards, _, infos in play(env, seed=0, steps=6)[1:]:
-        assert (observations[:, hidden] == 0).all()
+        assert (observations[:, hidden] == [OBSERVATIONS[name].unknown for name in names]).all()
         assert (rewards != 0).any() and np.isfinite(infos["validation_loss"]).all()
 
 
@@ -531,7 +605,7 @@ def test_caller_keeps_its_actions(make_task):
     """An environment that wrote into the actions would falsify the buffer that PPO learns from."""
     env = SchedulingVectorEnv(2, [make_task(optimizers={"SGD": 1}, no_momentum=1)])
     env.reset(seed=0)
-    actions = np.full((2, 3), 0.5, np.float32)
+    actions = zeros(2) + 0.5
     actions.flags.writeable = False
     env.step(actions)
     assert (actions == 0.5).all()
@@ -564,20 +638,20 @@ def test_misuse_is_named(make_task):
     with pytest.raises(ResetNeeded, match="reset"):
         env.step(zeros(2))
     env.reset(seed=0)
-    with pytest.raises(ValueError, match=r"shape \(2, 3\), got \(3,\)"):
-        env.step(np.zeros(3))
+    with pytest.raises(ValueError, match=rf"shape \(2, {len(CONTROL_NAMES)}\), got \({len(CONTROL_NAMES)},\)"):
+        env.step(zeros(1)[0])
     with pytest.raises(ValueError, match="finite"):
-        env.step(np.full((2, 3), np.nan))
+        env.step(zeros(2) + np.nan)
     single = SchedulingEnv([make_task(decisions=(1, 1))])
     single.reset(seed=0)
-    assert single.step(np.zeros(3))[2]
+    assert single.step(zeros(1)[0])[2]
     with pytest.raises(ResetNeeded, match="reset"):
-        single.step(np.zeros(3))
+        single.step(zeros(1)[0])
 
 
 def test_documentation_lists_what_there_is(make_task):
     """The tables in the documentation are what a user reads to understand TensorBoard."""
     _, infos = SchedulingVectorEnv(2, [make_task()]).reset(seed=0)
     assert infos.keys() == INFOS
-    for name in (*OBSERVATION_NAMES, *control.CONTROL_NAMES, *INFOS, *REWARDS):
+    for name in (*OBSERVATION_NAMES, *CONTROL_NAMES, *INFOS, *REWARDS):
         assert f"`{name}`" in SchedulingVectorEnv.__doc__ or f'"{name}"' in SchedulingVectorEnv.__doc__

@@ -1,16 +1,19 @@
-"""The environment over several processes is the environment in one."""
+"""The environment in shards is the environment as a whole, wherever the shards live."""
 
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from itertools import pairwise
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
+from gymnasium.error import ClosedEnvironmentError
+from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from rlsched.envs import FAMILIES, SchedulingVectorEnv
-from rlsched.envs.sharding import ShardedVectorEnv
+from rlsched.envs.sharding import Inline, Processes, ShardedVectorEnv, join, split
 
 RUNS = 5
 
@@ -22,65 +25,194 @@ def tasks(make_task):
     return [task, *(replace(FAMILIES[name], setup=task.setup) for name in ("conv-batch-norm", "recurrent"))]
 
 
-def test_processes_give_the_same_episodes_and_their_death_is_told(tasks, play):
+def returns(env, steps=5):
+    """All that a reset and some steps with random actions return."""
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, *env.action_space.shape))
+    return [env.reset(seed=2), *(env.step(a) for a in actions)]
+
+
+def assert_same(got, wanted, tolerance=0.0, valid=slice(None)):
+    """Entries with a mask beside them are compared where it is set."""
+    assert type(got) is type(wanted)
+    if isinstance(wanted, tuple):
+        for one, other in zip(got, wanted, strict=True):
+            assert_same(one, other, tolerance)
+    elif isinstance(wanted, dict):
+        assert got.keys() == wanted.keys()
+        for key, value in wanted.items():
+            within = slice(None) if key.startswith("_") else wanted.get(f"_{key}", valid)
+            assert_same(got[key], value, tolerance, within)
+    else:
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+        np.testing.assert_allclose(list(got[valid]), list(wanted[valid]), rtol=tolerance, atol=tolerance)
+        if got.dtype == object:
+            assert all(x is None for x in got[~valid])
+
+
+def of_shard(whole, shard):
+    """What a shard would have returned: its runs, and nothing of final things where none of them ended."""
+    if isinstance(whole, tuple):
+        return tuple(of_shard(value, shard) for value in whole)
+    if isinstance(whole, dict):
+        absent = {key for key in whole if f"_{key}" in whole and not whole[f"_{key}"][shard].any()}
+        return {k: of_shard(v, shard) for k, v in whole.items() if k not in absent and k[1:] not in absent}
+    return whole[shard]
+
+
+@pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 1, 1, 1, 1)])
+def test_shards_of_a_whole_join_to_the_whole(tasks, sizes):
+    """A run's numbers must not reach another run, nor get lost because no episode ended in the first shard."""
+    shards = [slice(a, b) for a, b in pairwise(np.cumsum([0, *sizes]))]
+    ended = set()
+    for whole in returns(SchedulingVectorEnv(RUNS, tasks)):
+        for info in (whole[-1], whole[-1].get("final_info", {})):
+            info["nested"] = {"deeper": {"run": np.arange(RUNS)}}
+        parts = [of_shard(whole, shard) for shard in shards]
+        ended.add(sum("final_info" in part[-1] for part in parts))
+        assert_same(join(parts, sizes), whole)
+    assert 0 in ended and max(ended) > 0
+    assert len(sizes) == 1 or ended & set(range(1, len(sizes)))  # some shards had ended episodes, and some had none
+
+
+def test_entry_of_one_shard_is_blank_for_the_others():
+    """Runs that have no such entry must not be given another's, nor a mask that says that it is theirs."""
+    yes, no = np.array([True]), np.array([False, False])
+    told = np.array([None], dtype=object)
+    told[0] = "told"
+    inner = {"loss": np.array([[7.0, 8.0]]), "_loss": yes, "deeper": {"note": told}}
+    joined = join([{"lr": np.array([1.0, 2.0])}, {"lr": np.array([3.0]), "inner": inner, "_inner": yes}], (2, 1))
+    np.testing.assert_equal(
+        joined,
+        {
+            "lr": np.array([1.0, 2.0, 3.0]),
+            "inner": {
+                "loss": np.array([[0.0, 0.0], [0.0, 0.0], [7.0, 8.0]]),
+                "_loss": np.append(no, yes),
+                "deeper": {"note": np.array([None, None, "told"], dtype=object)},
+            },
+            "_inner": np.append(no, yes),
+        },
+    )
+    assert joined["_inner"].dtype == joined["inner"]["_loss"].dtype == bool
+
+
+def test_what_is_split_joins_again():
+    """An action or a seed must reach its own run, and only that."""
+    shards = [slice(0, 2), slice(2, 5)]
+    actions = np.arange(10.0).reshape(5, 2)
+    np.testing.assert_array_equal(join(split(actions, shards), (2, 3)), actions)
+    assert split([3, None, 5, 6, 7], shards) == [[3, None], [5, 6, 7]]
+
+
+@pytest.mark.parametrize("transport", [Inline, Processes])
+def test_shards_give_the_same_episodes_and_their_mistakes_are_told(tasks, transport):
     """Another number of processes must not mean other episodes; and a mistake must not leave answers behind.
 
     A worker killed for want of memory must not leave training waiting for ever.
     """
-    whole = play(SchedulingVectorEnv(RUNS, tasks, reward="best"), seed=2, steps=5)
-    env = ShardedVectorEnv(RUNS, tasks, processes=2, reward="best")
-    workers = env._workers
+    before = set(active_children())
+    single = SchedulingVectorEnv(RUNS, tasks, reward="best")
+    whole = returns(single)
+    env = ShardedVectorEnv(RUNS, tasks, processes=2, transport=transport, reward="best")
     try:
-        sharded = play(env, seed=2, steps=5)
+        for name in ("observation_space", "action_space", "single_observation_space", "single_action_space"):
+            assert getattr(env, name) == getattr(single, name)
+        assert env.metadata == single.metadata
+        for sharded, wanted in zip(returns(env), whole, strict=True):
+            assert_same(sharded, wanted, tolerance=1e-4)
         with pytest.raises(ValueError, match="shape"):
-            env.step(np.zeros((RUNS + 1, 3)))
-        with pytest.raises(ValueError, match="non-negative"):  # raised by every worker
-            env.reset(seed=-RUNS)
-        again, _ = env.reset(seed=2)
-        os.kill(workers[1].pid, signal.SIGKILL)
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"worker process .* died \(exit code -9\)"):
-                env.reset(seed=0)
+            env.step(np.zeros((RUNS + 1, *env.single_action_space.shape)))
+        for wrong in (-RUNS, [-1] + [0] * (RUNS - 1), [0] * (RUNS - 1) + [-1]):  # all shards refuse; one; the other
+            with pytest.raises(ValueError, match="non-negative"):
+                env.reset(seed=wrong)
+            assert_same(env.reset(seed=2), whole[0], tolerance=1e-4)
+        workers = {worker.name: worker for worker in set(active_children()) - before}
+        assert len(workers) == (2 if transport is Processes else 0)
+        if workers:
+            os.kill(workers["rlsched-shard-1"].pid, signal.SIGKILL)
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match=r"worker process rlsched-shard-1 died \(exit code -9\)"):
+                    env.reset(seed=0)
     finally:
         env.close()
-    assert not any(worker.is_alive() for worker in workers)
+    assert set(active_children()) == before
     env.close()
-
-    np.testing.assert_allclose(again, whole[0][0], rtol=1e-4, atol=1e-4)
-    alone = 0  # steps in which an episode ended in one shard only
-    for (o, r, d, i), (p, s, e, j) in zip(sharded, whole, strict=True):
-        np.testing.assert_allclose(o, p, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(r, s, rtol=1e-4, atol=1e-4)
-        np.testing.assert_array_equal(d, e)
-        assert (i.keys(), o.dtype, r.dtype, d.dtype) == (j.keys(), p.dtype, s.dtype, e.dtype)
-        for key in j.keys() - {"final_obs", "final_info"}:
-            np.testing.assert_allclose(i[key], j[key], rtol=1e-4, atol=1e-4)
-        if d.any():
-            alone += d[:2].any() != d[2:].any()
-            np.testing.assert_allclose(np.stack(i["final_obs"][d]), np.stack(j["final_obs"][d]), rtol=1e-4, atol=1e-4)
-            assert i["final_info"].keys() == j["final_info"].keys()
-            assert all(obs is None for obs in i["final_obs"][~d])
-            for key, values in j["final_info"].items():
-                np.testing.assert_allclose(i["final_info"][key][d], values[d], rtol=1e-4, atol=1e-4)
-                if key.startswith("_"):
-                    np.testing.assert_array_equal(i["final_info"][key], d)
-    assert alone
+    with pytest.raises(ClosedEnvironmentError, match=r"reset\(\) was called after close\(\)"):
+        env.reset()
 
 
-def test_mistake_in_a_worker_is_told_when_it_starts(tasks):
-    """An option that only the workers can refuse would otherwise show as a death without a cause."""
+@pytest.mark.parametrize("transport", [Inline, Processes])
+def test_mistake_in_a_shard_is_told_when_it_starts(tasks, transport):
+    """An option that only the shards can refuse would otherwise show as a death without a cause."""
+    before = set(active_children())
     with pytest.raises(TypeError, match="unheard_of"):
-        ShardedVectorEnv(2, tasks, processes=1, unheard_of=1)
+        ShardedVectorEnv(2, tasks, processes=1, transport=transport, unheard_of=1)
+    assert set(active_children()) == before
+
+
+def test_environment_that_does_not_reset_itself_says_so(tasks):
+    """An adapter that trusts the metadata would wait for first observations that never come."""
+    env = ShardedVectorEnv(2, tasks, transport=Inline, autoreset=False)
+    assert env.metadata["autoreset_mode"] == AutoresetMode.DISABLED
+
+
+class TwoPartError(Exception):
+    """Can be pickled but not unpickled, as errors of torch's compiler."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+def refuse():
+    """An environment that cannot be made."""
+    raise TwoPartError("compiler", "not there")
+
+
+def test_error_that_cannot_travel_is_told_in_words():
+    """The error would break up the parent's reading of answers, and a later question would get an earlier answer."""
+    transport = Processes([refuse])
+    try:
+        (answer,) = transport.ask([("open", None)])
+    finally:
+        transport.close()
+    assert isinstance(answer, RuntimeError) and str(answer) == "TwoPartError: compiler: not there"
+
+
+def test_interrupted_environment_is_closed(tasks):
+    """In a notebook, the next reset would take the answers to the interrupted step for its own."""
+
+    class Interrupted(Inline):
+        def ask(self, requests):
+            if requests[0][0] == "step":
+                raise KeyboardInterrupt
+            return super().ask(requests)
+
+    env = ShardedVectorEnv(2, tasks, transport=Interrupted)
+    env.reset(seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        env.step(np.zeros(env.action_space.shape))
+    with pytest.raises(ClosedEnvironmentError, match="interrupt"):
+        env.reset(seed=0)
 
 
 @pytest.mark.parametrize("part", ["network", "loss"])
 def test_task_that_cannot_travel_is_refused(make_task, part):
-    """A message from inside pickle names neither the task nor the remedy; a worker left behind would wait for ever."""
-    before = multiprocessing.active_children()
+    """A message from inside pickle names neither the task nor the remedy."""
+    before = set(active_children())
     options = {"network": lambda: nn.Linear(6, 3), "loss": lambda outputs, targets: outputs.square().mean()}
+    mixed = [make_task(), replace(make_task(), **{part: options[part]})]
     with pytest.raises(ValueError, match=r"^tasks: .* must be importable, not lambdas; or use one process"):
-        ShardedVectorEnv(4, [make_task(), replace(make_task(), **{part: options[part]})], processes=2)
-    assert multiprocessing.active_children() == before
+        ShardedVectorEnv(4, mixed, processes=2)
+    assert set(active_children()) == before
+    ShardedVectorEnv(4, mixed, processes=2, transport=Inline).close()  # which sends nothing
+
+
+def test_refusal_leaves_no_worker_behind():
+    """A worker that had started before another shard was refused would wait for ever."""
+    before = set(active_children())
+    with pytest.raises(ValueError, match="cannot be sent"):
+        Processes([refuse, lambda: None])
+    assert set(active_children()) == before
 
 
 @pytest.mark.parametrize("processes", [0, 3])
@@ -88,5 +220,13 @@ def test_wrong_number_of_processes_is_refused(tasks, processes):
     """A worker without runs would fail far from the cause."""
     with pytest.raises(ValueError, match=r"processes must be between 1 and num_envs \(2\)"):
         ShardedVectorEnv(2, tasks, processes=processes)
+
+
+def test_other_wrong_arguments_are_refused(tasks):
+    """Each would fail far from the cause, or in a process whose traceback nobody sees."""
+    with pytest.raises(ValueError, match="num_envs must be at least 1, got 0"):
+        ShardedVectorEnv(0, tasks)
     with pytest.raises(ValueError, match="tasks"):
         ShardedVectorEnv(2, "nothing", processes=1)
+    with pytest.raises(ValueError, match=r"transport must be Processes, Inline .*, got 'inline'"):
+        ShardedVectorEnv(2, tasks, transport="inline")

@@ -1,6 +1,9 @@
 """The data are what the sources say they are, and every episode can be drawn again."""
 
 import math
+import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -8,21 +11,18 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from rlsched.envs.sequences import Copying, Markov
 from rlsched.envs.sources import (
-    BUNDLED,
-    Copying,
     Generated,
     Images,
-    Markov,
     Noise,
     Prototypes,
     Reconstruction,
-    Stored,
     TeacherMultitask,
     TeacherRegression,
     TeacherStudent,
-    bundled,
 )
+from rlsched.envs.stored import BUNDLED, Stored, bundled
 
 GENERATED = [
     TeacherStudent(),
@@ -458,3 +458,18 @@ def test_wrong_configuration_is_named(make, field):
     """An empty range would surface much later, as a NaN in the middle of an episode."""
     with pytest.raises(ValueError, match=rf"^{field}\b"):
         make()
+
+
+def test_bundled_data_are_read_when_they_are_needed():
+    """Whoever imports the environments would wait for scikit-learn and its data, and need them installed."""
+    code = "import sys, rlsched.envs; print('sklearn' in sys.modules, 'sklearn.datasets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+def test_bundled_source_is_sent_to_another_process_and_compared():
+    """A worker process would get another data set, or none; two tasks on the same data would differ."""
+    source = bundled("wine", points=(20, 30))
+    again = pickle.loads(pickle.dumps(source))
+    assert again.max_points == 30 and again.validation_points == source.validation_points
+    assert torch.equal(again.inputs, source.inputs)

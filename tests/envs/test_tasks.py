@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from rlsched.envs import FAMILIES, InnerTask, SchedulingVectorEnv, SetupDistribution
 from rlsched.envs.mixtures import digits
 from rlsched.envs.networks import MLP
+from rlsched.envs.optimizers import OPTIMIZERS
 from rlsched.envs.sources import Generated, Points
-from rlsched.envs.tasks import OPTIMIZERS, multitask_loss, next_token_loss, quadratic_loss
+from rlsched.envs.tasks import multitask_loss, next_token_loss, quadratic_loss
 
 TASKS = {**FAMILIES, "digits": digits()}
 
@@ -60,7 +61,7 @@ EASY = {
 
 
 def play_zero(task, *, decisions, sgd_lr, adaptive_lr, runs=6):
-    """Infos at the end of runs of SGD and AdamW under the fallback schedule, and their returns."""
+    """Infos at the end of runs of SGD and AdamW under the base schedule, and their returns."""
     setup = SetupDistribution(
         decisions=(decisions, decisions),
         sgd_lr=(sgd_lr, sgd_lr),
@@ -75,7 +76,7 @@ def play_zero(task, *, decisions, sgd_lr, adaptive_lr, runs=6):
     env.reset(seed=0)
     total, done = np.zeros(runs), np.zeros(runs, bool)
     while not done.all():
-        _, rewards, done, _, infos = env.step(np.zeros((runs, 3), np.float32))
+        _, rewards, done, _, infos = env.step(np.zeros(env.action_space.shape, np.float32))
         total += rewards
     assert set(infos["adaptive"]) == {-1, 1}, "both optimizers"
     return infos, total
@@ -119,7 +120,7 @@ def digest(name):
     """Of everything that comes back from runs of a family, in which episodes end and begin."""
     setup = SetupDistribution(decisions=(2, 4), optimizers=dict.fromkeys(OPTIMIZERS, 1.0))
     env = SchedulingVectorEnv(3, [replace(FAMILIES[name], setup=setup)])
-    actions = np.random.default_rng(0).uniform(-1, 1, (8, 3, 3)).astype(np.float32)
+    actions = np.random.default_rng(0).uniform(-1, 1, (8, *env.action_space.shape)).astype(np.float32)
     everything = [env.reset(seed=11)[0], *(array for a in actions for array in env.step(a)[:3])]
     return hashlib.sha256(b"".join(array.tobytes() for array in everything)).hexdigest()
 

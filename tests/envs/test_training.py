@@ -11,10 +11,15 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlsched import control
+from rlsched import schedule
+from rlsched.base_schedule import BASE_SCHEDULES
+from rlsched.control import base_values
 from rlsched.envs.networks import ConvNet, Dropout, Recurrent
-from rlsched.envs.sources import Images, Markov, Points, Stored
-from rlsched.envs.tasks import OPTIMIZERS, InnerTask, SetupDistribution, next_token_loss
+from rlsched.envs.optimizers import OPTIMIZERS
+from rlsched.envs.sequences import Markov
+from rlsched.envs.sources import Images, Points
+from rlsched.envs.stored import Stored
+from rlsched.envs.tasks import InnerTask, SetupDistribution, next_token_loss
 from rlsched.envs.training import InnerTraining
 
 RUNS, WINDOWS = 6, 3
@@ -55,23 +60,46 @@ def of_ones(layer):
 
 
 def begun(task, runs=RUNS, seed=SEED, **options):
-    """Networks at the start of their episodes, and the control states of the fallback schedule."""
+    """Networks at the start of their episodes."""
     training = InnerTraining(task, runs, **options)
     training.begin(list(range(runs)), [np.random.default_rng(seed + run) for run in range(runs)])
-    return training, control.initial_state(training.settings.momentum)
+    return training
+
+
+def base_schedule(training, done, steps):
+    """The hyperparameters of the next `steps` inner steps without a policy, after `done` steps (networks,)."""
+    group, run = training.group(), training.run()
+    base = {**group, **base_values(group)}
+    clock = done + torch.arange(steps, device=training.device)[:, None]
+    return schedule.values(run, schedule.begin(run, base, probing=False), base, BASE_SCHEDULES["linear"], clock)
+
+
+def first_step(training, slots):
+    """The first inner step of some networks, under the base schedule."""
+    done = torch.zeros(training.size, device=training.device)
+    values = base_schedule(training, done, 1)
+    return training.first_step(slots, {n: v[..., slots] for n, v in values.items()}, done[slots])
+
+
+def windows(training, done):
+    """`WINDOWS` windows of all networks under the base schedule, after `done` inner steps."""
+    for _ in range(WINDOWS):
+        yield training.window(base_schedule(training, done, training.task.interval), done)
+        done = done + training.task.interval
 
 
 def trained(task, runs=RUNS, **options):
     """Networks after their first step and `WINDOWS` windows, and the moments of all steps."""
-    training, states = begun(task, runs, **options)
-    steps = [training.first_step(list(range(runs)), states, 1.0)]
-    steps += [training.window(states) for _ in range(WINDOWS)]
+    training = begun(task, runs, **options)
+    steps = [first_step(training, list(range(runs)))]
+    steps += windows(training, torch.ones(runs, device=training.device))
     return training, type(steps[0])(*(torch.cat(parts, -1) for parts in zip(*steps, strict=True)))
 
 
 def everything(training):
     """All that belongs to each network; its data show in its next 40 mini-batches."""
-    batches = [[part.clone() for part in batch] for batch in training.minibatches(slice(None), 40)]
+    done = torch.full((training.size,), 13.0, device=training.device)
+    batches = [[part.clone() for part in batch] for batch in training.minibatches(slice(None), 40, done)]
     seen = [torch.stack(parts, 1) for parts in zip(*batches, strict=True)]
     networks, buffers = training.networks[:-1], training.networks.buffers.values()
     return [*networks, *buffers, *training.settings, training.validation_loss(), *seen]
@@ -102,7 +130,7 @@ def assert_trains_like_torch(task, runs=RUNS):
             torch.testing.assert_close(training.networks.buffers[name][run], buffer, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(training.validation_loss()[run], episode.validation_loss(), rtol=1e-4, atol=1e-5)
         assert abs(episode.setup.loss_scale - 1) > 0.01, "a loss scale that was forgotten would not be seen"
-    assert (training.networks.steps == training.settings.total_steps).all()
+    assert (1 + WINDOWS * task.interval == training.settings.total_steps).all()
     return training.settings
 
 
@@ -156,7 +184,7 @@ def test_stored_data_are_shared_and_train_like_torch(make_task):
     stored = replace(make_task(**RATES), data=Stored(inputs, labels, points=(30, 60)))
     settings = assert_trains_like_torch(stored)
     assert len(set(settings.points.tolist())) > 1
-    held = {tensor.data_ptr() for tensor in InnerTraining(stored, 4)._data.tensors()}
+    held = {tensor.data_ptr() for tensor in InnerTraining(stored, 4)._pool.tensors()}
     assert {inputs.data_ptr(), labels.data_ptr()} <= held
     # A further network takes what it trains with and the numbers of its rows, and no points.
     few, many = (InnerTraining(stored, runs) for runs in (1, 11))
@@ -177,7 +205,7 @@ def test_memory_is_what_is_held(make_task):
 
 
 def _bytes_per_network(weights):
-    """Weights, last gradient and two averages; norm and clock; eight settings of float32 and four of int64."""
+    """Weights, last gradient and two averages; two norms; eight settings of float32 and four of int64."""
     return 4 * 4 * weights + 2 * 4 + 8 * 4 + 4 * 8
 
 
@@ -228,13 +256,12 @@ def test_new_episode_leaves_the_other_networks_alone(make_task, stored):
     training, _ = trained(task, runs=3)
     kept = [tensor.clone() for tensor in everything(training)]
     training.begin([1], [np.random.default_rng(9)])
-    step = training.first_step([1], control.initial_state(training.settings.momentum[[1]]), 1.0)
-    alone, states = begun(task, runs=1, seed=9)
-    torch.testing.assert_close(step, alone.first_step([0], states, 1.0), rtol=1e-5, atol=1e-6, equal_nan=True)
+    step = first_step(training, [1])
+    alone = begun(task, runs=1, seed=9)
+    torch.testing.assert_close(step, first_step(alone, [0]), rtol=1e-5, atol=1e-6, equal_nan=True)
     for before, now, new in zip(kept, everything(training), everything(alone), strict=True):
         torch.testing.assert_close(now[[0, 2]], before[[0, 2]], rtol=0, atol=0)
         torch.testing.assert_close(now[[1]], new, rtol=1e-5, atol=1e-6)  # nothing is left of the episode before
-    assert training.networks.steps.tolist() == [13, 1, 13]
 
 
 def test_dropout_is_drawn_anew_for_every_network_and_step(make_task):

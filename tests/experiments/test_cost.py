@@ -9,13 +9,13 @@ from torch import nn
 from rlsched.experiments.cost.__main__ import main
 from rlsched.experiments.cost.loops import NETWORKS, OPTIMIZERS, PLAIN, UNMEASURED, loop, loops, memory
 from rlsched.experiments.cost.run import RUNS, measure
-from rlsched.experiments.records import PLOT, TABLE
+from rlsched.experiments.table import PLOT, TABLE
 
 
 def test_quick_run_writes_table_and_plot_and_goes_on(tmp_path):
     """A benchmark that only its author can run would not be repeated; nor one that begins anew after Ctrl-C."""
     for _ in range(2):
-        main(["--quick", "--out", str(tmp_path)])
+        assert main(["--quick", "--out", str(tmp_path)]) == 0
     rows = [json.loads(line) for line in (tmp_path / RUNS).read_text().splitlines()]
     assert [(r["case"]["optimizer"], r["case"]["loop"]) for r in rows] == [(o, k) for o in OPTIMIZERS for k in loops(o)]
     assert all(row["ratio"] == 1 and row["bytes_ratio"] == 1 for row in rows if row["case"]["loop"] == PLAIN)
@@ -60,7 +60,26 @@ def test_every_loop_trains(optimizer, monkeypatch):
         assert losses[-1] < losses[0], kind
 
 
-def test_unknown_network_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"networks": ("MLP",)}, "networks must be some of .*'MLP, 10 thousand'.*, got"),
+        ({"networks": ()}, "networks must be some of"),
+        ({"seconds": -1.0}, "seconds must be .*, got -1"),
+        ({"max_rounds": 1}, "max_rounds must be at least 3, got 1"),
+    ],
+)
+def test_wrong_argument_is_named(options, message, tmp_path):
     """A typing mistake should not cost more than a second."""
-    with pytest.raises(ValueError, match="networks must be some of"):
-        measure(tmp_path, ("MLP",))
+    with pytest.raises(ValueError, match=message):
+        measure(tmp_path, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["--networks", "MLP"], "networks must be"), (["--threads", "0"], "threads must be")]
+)
+def test_wrong_option_is_one_clear_line(arguments, message, tmp_path, capsys):
+    """A traceback hides which option was wrong."""
+    assert main([*arguments, "--out", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err

@@ -8,13 +8,13 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlsched.envs import SchedulingVectorEnv
-from rlsched.experiments.records import PLOT, TABLE
 from rlsched.experiments.speed import measure
 from rlsched.experiments.speed.__main__ import main
 from rlsched.experiments.speed.analysis import Results, Verdict, report, verdicts
 from rlsched.experiments.speed.measure import KINDS, WARM_UP
 from rlsched.experiments.speed.plan import LARGE, QUICK, SMALL, Measurement, Perceptron, Plan
 from rlsched.experiments.speed.run import RESULTS
+from rlsched.experiments.table import PLOT, TABLE
 
 PLAN = replace(QUICK, compile=False)
 
@@ -126,9 +126,9 @@ def test_episodes_do_not_end_together():
     """If all runs began at once, a round would have either no resets in it or all of them."""
     env = SchedulingVectorEnv(64, [SMALL.task()])
     env.reset(seed=0)
-    training = measure._training(env)
     measure._spread_ends(env)
-    left = (training.settings.total_steps - training.networks.steps) / training.task.interval
+    (group,) = env._groups
+    left = (group.run.total_steps - group.state.step) / group.training.task.interval
     assert (left == left.round()).all()
     assert (left >= 1).all()
     assert len(left.unique()) > 20
@@ -140,3 +140,13 @@ def test_unknown_option_is_refused(tmp_path, capsys):
         main(["--quik", "--out", str(tmp_path)])
     assert "--quik" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("networks", (SMALL,)), ("families", ("vgg",)), ("sizes", (0,)), ("rounds", 0), ("seconds", -1.0)],
+)
+def test_plan_names_the_wrong_field(field, value):
+    """A wrong value would end the benchmark in a process of its own, after minutes, with its traceback."""
+    with pytest.raises(ValueError, match=field):
+        Plan(**{field: value})

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # 
 from lightning.pytorch.loggers.logger import DummyLogger  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
+from rlsched.control import CONTROL_NAMES  # noqa: E402
 from rlsched.integrations.lightning import ScheduleCallback  # noqa: E402
 
 BATCHES, EPOCHS = 10, 3
@@ -209,7 +210,7 @@ class Logger(DummyLogger):
 
 @BOTH
 def test_learning_rate_monitor_shows_the_effective_learning_rate(wrapped):
-    """The plot that a user looks at first would show his base learning rate."""
+    """The plot that a user looks at first would show the base learning rate."""
     logger = Logger()
     module, callback = both(wrapped)
     fit(module, callback, LearningRateMonitor("step"), logger=logger, log_every_n_steps=1)
@@ -369,7 +370,7 @@ def test_shadow_leaves_a_fit_as_it_is(wrapped):
     seen, expected = ([metrics["lr-AdamW"] for metrics in logger.seen if "lr-AdamW" in metrics] for logger in loggers)
     assert seen == expected
     assert callback.controller.step_count == STEPS
-    assert len(callback.controller.proposal) == 3
+    assert list(callback.controller.proposal) == list(CONTROL_NAMES)
 
 
 @BOTH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import is_
 
@@ -10,19 +11,33 @@ import torch
 from torch import Tensor
 
 from rlsched import distributed
-from rlsched.moments import TINY, Moments
+from rlsched.moments import PRODUCTS, Moments
 
 SIZE = 2**12  # parameters in a sample, and at most one more of each tensor; a smaller network is measured whole
 
 # Rows of a sample: all but the last are taken before the step.
-LAST_GRAD, MOMENTUM, GRAD, WEIGHTS, UPDATE = range(5)
-# Columns of a record, which is what is written down of an inner step.
-LOSS, GRAD_NORM, CLIP = range(3)  # a loss that is not known is 0, which has no logarithm either
-PRODUCTS = slice(3, 28)  # of each row with each
-COLUMNS = 28
+ROWS = LAST_GRAD, MOMENTUM, GRAD, WEIGHTS, UPDATE = range(5)
+# Columns of a record, which is what is written down of an inner step. A clip coefficient is below 1 if it clipped.
+LOSS, GRAD_NORM, CLIP_COEFFICIENT = range(3)
+PRODUCTS_OF_ROWS = slice(3, 3 + len(ROWS) ** 2)  # of each row with each
+COLUMNS = PRODUCTS_OF_ROWS.stop
+FACTORS = {  # of each product that is one of the moments
+    "grad_square": (GRAD, GRAD),
+    "last_grad_square": (LAST_GRAD, LAST_GRAD),
+    "momentum_square": (MOMENTUM, MOMENTUM),
+    "weights_square": (WEIGHTS, WEIGHTS),
+    "update_square": (UPDATE, UPDATE),
+    "grad_last_grad": (GRAD, LAST_GRAD),
+    "grad_momentum": (GRAD, MOMENTUM),
+    "grad_weights": (GRAD, WEIGHTS),
+    "grad_update": (GRAD, UPDATE),
+    "update_weights": (UPDATE, WEIGHTS),
+}
+_UNKNOWN = [math.nan] * COLUMNS
+_COLUMNS = [PRODUCTS_OF_ROWS.start + len(ROWS) * a + b for a, b in (FACTORS[name] for name in PRODUCTS)]
 
 
-class Sample:
+class ParameterSample:
     """Every k-th parameter of a network: its gradients, momentum and weights, as rows of one matrix.
 
     Of a sharded network every rank takes those of its own shards: `finish` then writes its part of the products, whose
@@ -45,8 +60,8 @@ class Sample:
             for p, is_plain in zip(self.chosen, plain, strict=True)
         ]
         self._kept: dict[int, tuple[list[int], list[Tensor]]] = {}
-        shares = distributed.shares(self.chosen)
-        self._sharded = shares is not None
+        rank_weights = distributed.rank_weights(self.chosen)
+        self._sharded = rank_weights is not None
         self._taken: list[slice | Tensor] = [slice(None, None, self._every) for _ in self.chosen]
         self._places: list[slice | Tensor] = []  # of what is taken of each shard, in the sample of the whole network
         self._whole = 0  # length of that
@@ -67,10 +82,10 @@ class Sample:
         ]
         self._zero = self._matrix.new_zeros(())
         self._weights: Tensor | None = None  # of the columns, in sums over all ranks
-        if shares is not None and set(shares) != {1.0}:
+        if rank_weights is not None and set(rank_weights) != {1.0}:
             self._weights = self._matrix.new_zeros(padded)
-            for weights, share in zip(self._weights[: self._length].split(lengths), shares, strict=True):
-                weights.fill_(share)
+            for columns, weight in zip(self._weights[: self._length].split(lengths), rank_weights, strict=True):
+                columns.fill_(weight)
         if last_grad is None or last_grad.numel() != self.last_grad.numel():
             return
         if self._sharded:
@@ -111,7 +126,7 @@ class Sample:
         torch._foreach_copy_(self._views[UPDATE], self._parts_kept(WEIGHTS, self.chosen))
         torch.sub(self._rows[WEIGHTS], self._rows[UPDATE], out=self._rows[UPDATE])
         weighted = self._matrix if self._weights is None else self._matrix * self._weights
-        torch.mm(weighted, self._transposed, out=record[PRODUCTS].view(5, 5))
+        torch.mm(weighted, self._transposed, out=record[PRODUCTS_OF_ROWS].view(5, 5))
 
     def _local(self, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         return [distributed.local(tensor) for tensor in tensors] if self._sharded else tensors
@@ -124,6 +139,8 @@ class Sample:
                 parts.append(self._zero)
             elif self._every == 1:
                 parts.append(tensor)
+            elif order is None and isinstance(taken, slice) and tensor.is_contiguous():
+                parts.append(tensor.view(-1)[taken])
             else:
                 parts.append((tensor.permute(order) if order else tensor).reshape(-1)[taken])
         return parts
@@ -155,26 +172,11 @@ def _without_the_smallest(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p for p in parameters if id(p) not in small]
 
 
-def moments_of(window: Tensor) -> Moments:
-    """The moments of a window, each (steps,), from its records (steps, columns); NaN where a step was not finite."""
-    records = window.numpy()  # ten times as fast as torch with arrays so small
-    with np.errstate(all="ignore"):
-        loss, grad_norm, clip = records[:, LOSS], records[:, GRAD_NORM], records[:, CLIP]
-        products = records[:, PRODUCTS].reshape(-1, 5, 5)
-        squares, with_grad = products.diagonal(axis1=1, axis2=2), products[:, GRAD]
-        lengths = np.sqrt(squares)
-        cosines = with_grad / np.maximum(lengths[:, GRAD, None] * lengths, 1e-30)
-        # The sample stands for the network as a whole: its squared gradient for that of the whole gradient.
-        decrease = with_grad[:, UPDATE] * grad_norm**2 / np.maximum(squares[:, GRAD], 1e-30)
-        moments = {
-            "loss": np.where(loss == 0, np.nan, loss),
-            "grad_norm": grad_norm,
-            "clipped": clip < 1,
-            "grad_cosine": cosines[:, LAST_GRAD],
-            "momentum_cosine": cosines[:, MOMENTUM],
-            "update_ratio": lengths[:, UPDATE] / np.maximum(lengths[:, WEIGHTS], TINY),
-            "predicted_decrease": np.where(loss > 0, decrease / loss, np.nan),
-        }
-        finite = np.isfinite(loss + grad_norm)
-        rows = np.where(finite, [moments[name] for name in Moments._fields], np.nan).astype(np.float32)
-    return Moments(*torch.from_numpy(rows).unbind())
+def moments_of(records: Tensor) -> Moments:
+    """The moments of a window, each (steps,) floats, from its records (steps, columns); NaN where not finite."""
+    rows = [row if abs(row[GRAD_NORM]) < math.inf else _UNKNOWN for row in records.tolist()]
+    loss, grad_norm, coefficients = ([row[column] for row in rows] for column in (LOSS, GRAD_NORM, CLIP_COEFFICIENT))
+    clipped = [x if x != x else float(x < 1) for x in coefficients]
+    products = ([row[column] for row in rows] for column in _COLUMNS)
+    series = [loss, grad_norm, clipped, *products]
+    return Moments(*(tuple(x) for x in series))

@@ -1,0 +1,123 @@
+"""Results on disk: JSON lines, each with where it comes from. What is there need not be done again."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import warnings
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+import rlsched
+
+Row = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
+
+CPUINFO = Path("/proc/cpuinfo")  # of Linux
+
+
+class Journal(Generic[Key]):
+    """The results of a study, to be added to: each is in the file as soon as it was added.
+
+    Args:
+        path: the file; it and its folder are made where they are missing.
+        key: says what a row is the result of, and raises KeyError or TypeError if it is none of this study.
+
+    Raises:
+        ValueError: a folder cannot be made at `path.parent`, or a line of the file is no result.
+    """
+
+    def __init__(self, path: Path, key: Callable[[Row], Key]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError(
+                f"out must be a folder, new or old, got {path.parent}, where a file is in the way"
+            ) from None
+        path.touch()  # a folder that nothing can be written to is better known before the first run
+        self.path = path
+        self.rows = read(path, key)
+        self._key = key
+        self._provenance = provenance()
+        self._end_the_last_line()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.rows
+
+    def add(self, row: Row) -> None:
+        """Write a row down, with where it comes from."""
+        row = {**row, "provenance": self._provenance}
+        key = self._key(row)
+        with self.path.open("ab") as file:
+            file.write(json.dumps(row).encode() + b"\n")
+        self.rows[key] = row
+
+    def _end_the_last_line(self) -> None:
+        """Cut off what a kill in mid-write has left, so that the next row begins a line."""
+        content = self.path.read_bytes()
+        start = content.rfind(b"\n") + 1
+        if start == len(content):
+            return
+        with self.path.open("ab") as file:
+            if _is_json(content[start:]):
+                file.write(b"\n")
+            else:
+                file.truncate(start)
+
+
+def read(path: Path, key: Callable[[Row], Key]) -> dict[Key, Row]:
+    """The results in a file of JSON lines; of several for the same key, the last one.
+
+    Raises:
+        ValueError: a line is no result. One that was cut off as it was written is left out, with a warning.
+    """
+    rows = {}
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith((b"\n", b"\r")) and not _is_json(line):
+            warnings.warn(f"{path}, line {number}, was cut off as it was written: it is left out", stacklevel=3)
+            break
+        try:
+            row = json.loads(line)
+            rows[key(row)] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a result ({error!r}); delete the line and run again"
+            ) from None
+    return rows
+
+
+def provenance() -> dict[str, str]:
+    """Where a result comes from: versions, commit and machine."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "rlsched": rlsched.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "processor": _processor(),
+    }
+
+
+def _processor() -> str:
+    found = re.search(r"model name\s*: (.*)", CPUINFO.read_text()) if CPUINFO.exists() else None
+    return found[1] if found else platform.processor()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,24 @@
+"""The tables and the plot that are made of results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+TABLE, PLOT = "table.md", "plot.png"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1) -> str:
+    """A Markdown table. Rows may end early; the first `labels` columns are words, and the others numbers."""
+    lines = [head, ["---"] * labels + ["--:"] * (len(head) - labels)]
+    lines += [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def publish(out: Path, table: str, plot: Figure) -> str:
+    """Write `table.md` and `plot.png` beside the results in `out`, and return the table."""
+    (out / TABLE).write_text(table + "\n")
+    plot.savefig(out / PLOT, dpi=110)
+    return table

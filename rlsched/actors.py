@@ -1,0 +1,137 @@
+"""The networks that decide: from observations, and what they remember, to actions. Every actor is an entry in `ACTORS`.
+
+An actor is a module that a policy file can hold. It also says which algorithm trains it, and where in that algorithm's
+model its weights are; the algorithms themselves are `rlsched.agents`' business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
+Memory = Any  # what an actor carries from one decision to the next: a tensor (*batch, size), or None
+
+
+class Actor(nn.Module):
+    """Actions for observations. Its weights are zeros until they come from a file or from training.
+
+    Args:
+        inputs: number of observations.
+        outputs: number of controls.
+        hidden: widths of the layers between.
+        activation: "tanh" or "relu", between the layers.
+
+    Raises:
+        ValueError: a width or the activation is not what it can be.
+    """
+
+    name: ClassVar[str]
+    learner: ClassVar[tuple[str, str]]  # module and class of the algorithm of Stable-Baselines3 that trains it
+    policy: ClassVar[str]  # that algorithm's name for its kind of policy
+
+    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        if not all(isinstance(width, int) and width > 0 for width in hidden):
+            raise ValueError(f"hidden must hold positive widths, got {tuple(hidden)}")
+        self.inputs, self.outputs, self.hidden, self.activation = inputs, outputs, tuple(hidden), activation
+
+    def begin(self, batch: tuple[int, ...] = ()) -> Memory:
+        """What it remembers at the start of runs of shape `batch`."""
+        return None
+
+    def forward(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        """Actions (*batch, outputs), not clipped, and the new memory, for observations (*batch, inputs)."""
+        raise NotImplementedError
+
+    @classmethod
+    def policy_options(cls, hidden: Sequence[int], activation: str) -> dict[str, Any]:
+        """The `policy_kwargs` of the learner's model, with a critic of the same widths."""
+        raise NotImplementedError
+
+    @classmethod
+    def trained(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The actor's own state, from the state of the learner's policy.
+
+        Raises:
+            ValueError: it is not the state of such a policy.
+        """
+        raise NotImplementedError
+
+
+class Perceptron(Actor):
+    """Linear layers with an activation between them; it remembers nothing."""
+
+    name = "perceptron"
+    learner = ("stable_baselines3", "PPO")
+    policy = "MlpPolicy"
+
+    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> None:
+        super().__init__(inputs, outputs, hidden, activation)
+        self.layers = nn.ModuleList(blank(nn.Linear, n, m) for n, m in pairwise((inputs, *self.hidden, outputs)))
+        self._between = getattr(torch, activation)
+
+    def forward(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        x = observation
+        for i, layer in enumerate(self.layers):
+            weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+            x = functional.linear(x if i == 0 else self._between(x), weight, bias)
+        return x, None
+
+    @classmethod
+    def policy_options(cls, hidden: Sequence[int], activation: str) -> dict[str, Any]:
+        widths = list(hidden)
+        return {"net_arch": {"pi": widths, "vf": widths}, "activation_fn": ACTIVATIONS[activation]}
+
+    @classmethod
+    def trained(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return chain(weights, r"mlp_extractor\.policy_net\.(\d+)\.(weight|bias)", "layers")
+
+
+def blank(kind: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
+    """A module with zeros for weights. It draws none: who loads a policy has use for their random numbers."""
+    module = nn.utils.skip_init(kind, *args, **options, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+    return module
+
+
+def chain(weights: Mapping[str, Tensor], hidden: str, name: str) -> dict[str, Tensor]:
+    """The linear layers of Stable-Baselines3's actor as a list of modules `name`.
+
+    Args:
+        weights: the state of the policy.
+        hidden: pattern of the hidden layers' keys, with the number of the layer and "weight" or "bias".
+        name: of the list.
+    """
+    found = [match for match in map(re.compile(hidden).fullmatch, weights) if match]
+    numbers = sorted({int(match[1]) for match in found})
+    layers = {f"{name}.{numbers.index(int(match[1]))}.{match[2]}": weights[match[0]] for match in found}
+    for what in ("weight", "bias"):
+        if f"action_net.{what}" not in weights:
+            raise ValueError("model: it has no action_net, so it is no actor-critic policy of Stable-Baselines3")
+        layers[f"{name}.{len(numbers)}.{what}"] = weights[f"action_net.{what}"]
+    return layers
+
+
+ACTORS: Mapping[str, type[Actor]] = {kind.name: kind for kind in (Perceptron,)}
+
+
+def actor(name: str, *args: Any, **options: Any) -> Actor:
+    """A new actor of this kind.
+
+    Raises:
+        ValueError: there is none of this name, or an option is out of its range.
+    """
+    if name not in ACTORS:
+        raise ValueError(f"actor must be one of {list(ACTORS)}, got {name!r}")
+    return ACTORS[name](*args, **options)

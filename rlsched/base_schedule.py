@@ -1,0 +1,61 @@
+"""What a schedule does while the policy stands still: a named factor on the base learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rlsched.number import Number, clamp
+
+
+@dataclass(frozen=True)
+class BaseSchedule:
+    """A factor on the base learning rate, linear between its knots.
+
+    Attributes:
+        name: its key in `BASE_SCHEDULES`.
+        meaning: in words.
+        knots: (fraction of the run, factor) each, from fraction 0 to 1, rising. The highest factor is 1.
+    """
+
+    name: str
+    meaning: str
+    knots: tuple[tuple[float, float], ...]
+
+    def factor(self, step: Number, total_steps: Number) -> Number:
+        """The factor at inner step `step` in [0, total_steps)."""
+        progress = step / total_steps
+        factor = self.knots[0][1]
+        for (start, left), (end, right) in pairwise(self.knots):
+            if left != right:
+                slope = (right - left) / (end - start)
+                factor = factor + slope * (clamp(progress, start, end) - start)
+        return factor + 0 * progress  # of the shape of `step`, constant or not
+
+    def steps_of_knots(self, total_steps: int) -> set[int]:
+        """The inner steps on both sides of each knot: between them the factor is linear in the step."""
+        places = [fraction * total_steps for fraction, _ in self.knots]
+        steps = {f(place) for place in places for f in (math.floor, math.ceil)}
+        return {step for step in steps if 0 <= step < total_steps}
+
+
+BASE_SCHEDULES: Mapping[str, BaseSchedule] = {
+    schedule.name: schedule
+    for schedule in (
+        BaseSchedule("linear", "linear decay from the base learning rate to zero", ((0.0, 1.0), (1.0, 0.0))),
+    )
+}
+
+
+def base_schedule(name: str | BaseSchedule) -> BaseSchedule:
+    """The base schedule of this name.
+
+    Raises:
+        ValueError: there is none, or another one; by its name a policy file and a frozen schedule have to find it.
+    """
+    found = BASE_SCHEDULES.get(name.name if isinstance(name, BaseSchedule) else name)
+    if found is None or (isinstance(name, BaseSchedule) and name != found):
+        raise ValueError(f"base_schedule must be one of {list(BASE_SCHEDULES)}, got {name!r}")
+    return found

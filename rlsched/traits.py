@@ -1,0 +1,25 @@
+"""What sets one optimizer apart from another: the one table of such facts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch.optim import Optimizer
+
+ADAPTIVE = {"RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"}  # beside all optimizers with `betas`
+# Optimizers whose `momentum` averages gradients, or weights; torch's others sum gradients.
+AVERAGING = {"Muon", "SGDScheduleFree", "SGDScheduleFreeReference"}
+
+
+class Traits(NamedTuple):
+    """What sets one optimizer apart from another, for a schedule."""
+
+    adaptive: bool  # divides updates by a second moment of the gradients
+    sums_gradients: bool  # its momentum is a sum of gradients, and not their average
+
+
+def traits_of(optimizer: Optimizer) -> Traits:
+    """The traits of an optimizer, by its groups and by the names of its class and of those that it derives from."""
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    has_betas = "betas" in optimizer.param_groups[0]
+    return Traits(has_betas or bool(names & ADAPTIVE), not has_betas and not names & AVERAGING)
