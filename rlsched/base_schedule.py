@@ -41,10 +41,25 @@ class BaseSchedule:
         return {step for step in steps if 0 <= step < total_steps}
 
 
+START = 0.01  # a warm-up begins with a hundredth of the learning rate: with nothing, its first step would train nothing
+WARM_UP, COOL_DOWN = 0.05, 0.2  # fractions of the run
+
 BASE_SCHEDULES: Mapping[str, BaseSchedule] = {
     schedule.name: schedule
     for schedule in (
         BaseSchedule("linear", "linear decay from the base learning rate to zero", ((0.0, 1.0), (1.0, 0.0))),
+        BaseSchedule(
+            "warm-up-linear",
+            f"warm-up over the first {WARM_UP:.0%} of the run, then linear decay to zero",
+            ((0.0, START), (WARM_UP, 1.0), (1.0, 0.0)),
+        ),
+        BaseSchedule(
+            "warm-up-stable-decay",
+            f"warm-up over the first {WARM_UP:.0%}, the base learning rate, linear decay to zero over the last "
+            f"{COOL_DOWN:.0%} (Hu et al. 2024, MiniCPM)",
+            ((0.0, START), (WARM_UP, 1.0), (1 - COOL_DOWN, 1.0), (1.0, 0.0)),
+        ),
+        BaseSchedule("constant", "the base learning rate throughout", ((0.0, 1.0), (1.0, 1.0))),
     )
 }
 

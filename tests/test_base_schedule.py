@@ -135,3 +135,15 @@ def test_probe_comes_before_any_base_schedule():
     assert first == pytest.approx(0.1 * math.exp(-7))
     assert [lr for ((lr, _),) in rest] == pytest.approx([0.1 * BENT.factor(n, 40) for n in range(1, 40)])
     assert optimizer.freeze()(0) == pytest.approx(math.exp(-7))
+
+
+def test_warm_up_rises_holds_and_decays():
+    """A warm-up that is over at once, or a plateau that decays, is not what its name promises."""
+    shapes = {name: [schedule.factor(n, 1000) for n in range(1000)] for name, schedule in BASE_SCHEDULES.items()}
+    assert set(shapes["constant"]) == {1.0}
+    for name in ("warm-up-linear", "warm-up-stable-decay"):
+        assert [shapes[name][n] for n in (0, 25, 50)] == pytest.approx([0.01, 0.505, 1])
+    assert shapes["warm-up-linear"][525] == pytest.approx(0.5)
+    assert shapes["warm-up-stable-decay"][50:801] == pytest.approx([1.0] * 751)
+    assert shapes["warm-up-stable-decay"][900] == pytest.approx(0.5)
+    assert shapes["warm-up-stable-decay"][-1] == pytest.approx(shapes["warm-up-linear"][-1] * 4.75)
