@@ -44,6 +44,7 @@ class Summary(NamedTuple):
     momentum_cosine: Number
     update_ratio: Number  # mean logarithm
     predicted_decrease: Number  # mean logarithm
+    shared_gradient: Number  # mean ⟨g_t, g_{t−1}⟩ over mean ‖g_t‖²: the part of the gradient that batches share
     loss_std: Number  # of the logarithm
     grad_norm_std: Number  # of the logarithm
     loss_trend: Number  # mean log loss of the window's second half minus that of its first half
@@ -80,6 +81,7 @@ TRACES: Mapping[str, Trace] = {
     "fast_loss": Trace(lambda w: w.loss, lambda run: FAST),
     "slow_loss": Trace(lambda w: w.loss, lambda run: SLOW),
     "first_norm": Trace(lambda w: w.last_grad_norm),
+    "shared_gradient": Trace(lambda w: w.shared_gradient, lambda run: SLOW),
 }
 
 
@@ -188,6 +190,17 @@ OBSERVATIONS: Mapping[str, Observation] = {
         Observation(
             "grad_norm_noise", "standard deviation of the log gradient norm", 0, 3, lambda r: r.window.grad_norm_std
         ),
+        # With gradients G + ε of independent batches, ⟨g_t, g_{t−1}⟩ is ‖G‖² and ‖g_t‖² is ‖G‖² + tr Σ in the mean, so
+        # that their ratio r gives the simple noise scale tr Σ / ‖G‖² = 1/r − 1 in units of the user's own batch
+        # (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training").
+        Observation(
+            "noise_scale",
+            "log of the gradient noise scale, in mini-batches, from the running averages of ⟨g_t, g_{t−1}⟩ and ‖g_t‖², "
+            "/ 4",
+            -1.2,
+            1.2,
+            lambda r: log(1 / clamp(r.history["shared_gradient"], 0.01, 0.99) - 1) / 4,
+        ),
         Observation("clip_fraction", "share of the inner steps that were clipped", 0, 1, lambda r: r.window.clipped),
         Observation("adaptive", "+1 for Adam and its relatives, −1 for SGD", -1, 1, lambda r: r.run.adaptive),
         *(_state_of(control) for control in CONTROLS.values()),
@@ -207,6 +220,7 @@ def summarise(window: Moments) -> Summary:
     loss, grad_norm = mean(log_loss), mean(log_norm)
     half = (log_loss.shape[-1] if isinstance(log_loss, Tensor) else len(log_loss)) // 2
     measured = moments.last_steps(window)
+    whole = mean(measured.grad_square)
     return Summary(
         loss=loss,
         grad_norm=grad_norm,
@@ -215,6 +229,7 @@ def summarise(window: Moments) -> Summary:
         momentum_cosine=mean(moments.momentum_cosine(measured)),
         update_ratio=mean(each(lambda x: log(clamp(x, low=1e-12)), moments.update_ratio(measured))),
         predicted_decrease=mean(each(lambda x: log(clamp(x, low=1e-7)), moments.predicted_decrease(measured))),
+        shared_gradient=mean(measured.grad_last_grad) / where(whole > 0, whole, math.nan),
         loss_std=deviation(log_loss, loss),
         grad_norm_std=deviation(log_norm, grad_norm),
         loss_trend=mean(_part(log_loss, half, None)) - mean(_part(log_loss, None, half)),

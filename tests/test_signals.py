@@ -289,3 +289,39 @@ def test_observation_table_has_a_row_for_each():
     header, _, *rows = observation_table(OBSERVATIONS.values()).splitlines()
     assert [row.split("`")[1] for row in rows] == list(OBSERVATION_NAMES)
     assert {row.count("|") for row in (header, *rows)} == {7}
+
+
+def gradients_of(shared, noise, steps, parameters=400, scale=1.0, seed=0):
+    """A window of gradients G + ε with ‖G‖² = `shared` and E‖ε‖² = `noise`, each step's ε anew."""
+    generator = torch.Generator().manual_seed(seed)
+    true = torch.full((parameters,), (shared / parameters) ** 0.5)
+    drawn = torch.randn(steps + 1, parameters, generator=generator) * (noise / parameters) ** 0.5
+    grads = scale * (true + drawn)
+    last, now = grads[:-1], grads[1:]
+    return window(
+        grad_norm=now.norm(dim=1).tolist(),
+        grad_square=now.square().sum(1).tolist(),
+        last_grad_square=last.square().sum(1).tolist(),
+        grad_last_grad=(now * last).sum(1).tolist(),
+    )
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("parameters, scale", [(400, 1.0), (40_000, 1.0), (400, 1e-6), (400, 1e6)])
+def test_noise_scale_is_that_of_its_definition(noise, parameters, scale):
+    """Whether more noise or a smaller gradient is behind bad steps decides between a lower lr and a higher one.
+
+    tr Σ / ‖G‖² in mini-batches (McCandlish et al. 2018), whatever the number of parameters and the scale of the loss.
+    """
+    windows = [gradients_of(1.0, noise, 8, parameters, scale, seed) for seed in range(30)]
+    assert observe(*windows)["noise_scale"] == pytest.approx(math.log(noise) / 4, abs=0.1)
+
+
+def test_noise_scale_is_bounded_where_gradients_agree_or_do_not():
+    """A logarithm of nothing would be NaN in every action, or the loudest observation of all."""
+    alike = observe(gradients_of(1.0, 0.0, 8))["noise_scale"]
+    opposed = observe(window(grad_norm=[1.0] * 4, grad_square=[1.0] * 4, grad_last_grad=[-1.0] * 4))["noise_scale"]
+    assert opposed == -alike == approximately(math.log(99) / 4)
+    assert (
+        observe(window(grad_square=[0.0], grad_last_grad=[0.0]))["noise_scale"] == OBSERVATIONS["noise_scale"].unknown
+    )
