@@ -50,9 +50,9 @@ def actions(policy, observations):
 @pytest.mark.parametrize("activation, function", [("tanh", torch.tanh), ("relu", lambda x: x.clamp(min=0))])
 def test_action_is_that_of_the_formula(activation, function):
     """A policy that computes something else than what was trained would be worthless."""
-    w, b, v, c = torch.randn(5, N), torch.randn(5), 0.3 * torch.randn(M, 5), 0.3 * torch.randn(M)
+    w, b, v, c = torch.randn(5, N), torch.randn(5), 0.5 * torch.randn(M, 5), 0.3 * torch.randn(M)
     policy = perceptron([(w, b), (v, c)], activation=activation)
-    observations = torch.randn(7, N)
+    observations = torch.randn(200, N)
     expected = (function(observations @ w.T + b) @ v.T + c).clamp(-1, 1)
     torch.testing.assert_close(actions(policy, observations), expected)
     assert (expected.abs() == 1).any() and (expected.abs() < 1).any()
