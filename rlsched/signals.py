@@ -18,10 +18,11 @@ from torch import Tensor
 
 from rlsched import moments
 from rlsched.control import CONTROLS, Control
-from rlsched.moments import Moments
+from rlsched.moments import Moments, cosine
 from rlsched.number import Number, Series, clamp, deviation, each, isnan, log, mean, where
 
 FAST, SLOW = 0.4, 0.1  # weight of a new window in the running averages of the log loss
+HALF_LIVES = {"short": 0.02, "medium": 0.1, "long": 0.3}  # of running averages of the log loss, in fractions of a run
 LONGEST_INTERVAL = 32.0  # inner steps; a longer window looks like this one to the policy
 
 
@@ -45,6 +46,8 @@ class Summary(NamedTuple):
     update_ratio: Number  # mean logarithm
     predicted_decrease: Number  # mean logarithm
     shared_gradient: Number  # mean ⟨g_t, g_{t−1}⟩ over mean ‖g_t‖²: the part of the gradient that batches share
+    grad_weights_cosine: Number
+    update_weights_cosine: Number
     loss_std: Number  # of the logarithm
     grad_norm_std: Number  # of the logarithm
     loss_trend: Number  # mean log loss of the window's second half minus that of its first half
@@ -76,11 +79,17 @@ class Trace:
     weight: Callable[[Run], Number] = lambda run: 0.0
 
 
+def _half_life(fraction: float) -> Callable[[Run], Number]:
+    """The weight of a new window in a running average whose half-life is this fraction of the run."""
+    return lambda run: 1 - 0.5 ** (run.interval / (fraction * run.total_steps))
+
+
 TRACES: Mapping[str, Trace] = {
     "first_loss": Trace(lambda w: w.loss),
     "fast_loss": Trace(lambda w: w.loss, lambda run: FAST),
     "slow_loss": Trace(lambda w: w.loss, lambda run: SLOW),
     "first_norm": Trace(lambda w: w.last_grad_norm),
+    **{f"loss_{name}": Trace(lambda w: w.loss, _half_life(fraction)) for name, fraction in HALF_LIVES.items()},
     "shared_gradient": Trace(lambda w: w.shared_gradient, lambda run: SLOW),
 }
 
@@ -154,6 +163,16 @@ OBSERVATIONS: Mapping[str, Observation] = {
             5,
             lambda r: (r.window.loss - r.history["first_loss"]) / 2,
         ),
+        *(
+            Observation(
+                f"loss_vs_{name}",
+                f"log loss minus its running average with a half-life of {fraction:g} of the run",
+                -3,
+                3,
+                lambda r, name=name: r.window.loss - r.history[f"loss_{name}"],
+            )
+            for name, fraction in HALF_LIVES.items()
+        ),
         Observation("loss_noise", "standard deviation of the log loss, × 3", 0, 2, lambda r: 3 * r.window.loss_std),
         Observation(
             "loss_trend",
@@ -165,6 +184,28 @@ OBSERVATIONS: Mapping[str, Observation] = {
         Observation("grad_cosine", "cosine of successive gradients, × 2", -2, 2, lambda r: 2 * r.window.grad_cosine),
         Observation(
             "momentum_cosine", "cosine of gradient and momentum, × 2", -2, 2, lambda r: 2 * r.window.momentum_cosine
+        ),
+        Observation(
+            "late_agreement",
+            "cosine of successive gradients, × 2, as far as the log loss has fallen by 3: whether gradients still "
+            "agree as the loss gets small, or the network learns its data by heart",
+            -2,
+            2,
+            lambda r: 2 * r.window.grad_cosine * clamp((r.history["first_loss"] - r.window.loss) / 3, 0.0, 1.0),
+        ),
+        Observation(
+            "grad_weights_cosine",
+            "cosine of gradient and weights, × 2: above 0 where a step makes the weights smaller",
+            -2,
+            2,
+            lambda r: 2 * r.window.grad_weights_cosine,
+        ),
+        Observation(
+            "update_weights_cosine",
+            "cosine of the change of the weights in a step and the weights, × 2: above 0 where they grow",
+            -2,
+            2,
+            lambda r: -2 * r.window.update_weights_cosine,
         ),
         Observation(
             "update_ratio",
@@ -230,6 +271,10 @@ def summarise(window: Moments) -> Summary:
         update_ratio=mean(each(lambda x: log(clamp(x, low=1e-12)), moments.update_ratio(measured))),
         predicted_decrease=mean(each(lambda x: log(clamp(x, low=1e-7)), moments.predicted_decrease(measured))),
         shared_gradient=mean(measured.grad_last_grad) / where(whole > 0, whole, math.nan),
+        grad_weights_cosine=mean(each(cosine, measured.grad_weights, measured.grad_square, measured.weights_square)),
+        update_weights_cosine=mean(
+            each(cosine, measured.update_weights, measured.update_square, measured.weights_square)
+        ),
         loss_std=deviation(log_loss, loss),
         grad_norm_std=deviation(log_norm, grad_norm),
         loss_trend=mean(_part(log_loss, half, None)) - mean(_part(log_loss, None, half)),

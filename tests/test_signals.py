@@ -325,3 +325,37 @@ def test_noise_scale_is_bounded_where_gradients_agree_or_do_not():
     assert (
         observe(window(grad_square=[0.0], grad_last_grad=[0.0]))["noise_scale"] == OBSERVATIONS["noise_scale"].unknown
     )
+
+
+@pytest.mark.parametrize("total_steps, interval", [(100, 1), (10_000, 100), (1000, 100)])
+@pytest.mark.parametrize("name, fraction", signals.HALF_LIVES.items())
+def test_running_averages_have_their_half_lives_in_fractions_of_a_run(name, fraction, total_steps, interval):
+    """A run of another length, or with another number of decisions, would look like another run to the policy.
+
+    After a step of the log loss from 0 to −1, what is left of the old loss halves in every half-life.
+    """
+    run = RUN._replace(total_steps=total_steps, interval=interval)
+    since = 3
+    windows = [log_losses(0.0)] + [log_losses(-1.0)] * since
+    left = 0.5 ** ((since - 1) * interval / (fraction * total_steps))
+    assert observe(*windows, run=run)[f"loss_vs_{name}"] == approximately(-left)
+
+
+def test_agreement_counts_as_the_loss_gets_small():
+    """Gradients that agree at the start say nothing of a network that learns its data by heart."""
+    first, late = [1.0] * 4, [math.exp(-1.5)] * 4
+    agreeing = {"grad_square": [1.0] * 4, "last_grad_square": [1.0] * 4, "grad_last_grad": [0.4] * 4}
+    start, end = window(loss=first, **agreeing), window(loss=late, **agreeing)
+    assert observe(start)["late_agreement"] == 0
+    assert observe(start, end)["late_agreement"] == approximately(2 * 0.4 * 1.5 / 3)
+    assert observe(start, window(loss=[1e-9] * 4, **agreeing))["late_agreement"] == approximately(2 * 0.4)
+    assert observe(start, window(loss=[5.0] * 4, **agreeing))["late_agreement"] == 0
+    assert observe(window(loss=[NAN] * 4, **agreeing))["late_agreement"] == OBSERVATIONS["late_agreement"].unknown
+
+
+def test_cosines_with_the_weights():
+    """Weights that shrink look like progress to a policy that sees their norm alone, or not at all."""
+    products = {"grad_square": [4.0], "weights_square": [9.0], "update_square": [0.01]}
+    seen = observe(window(**products, grad_weights=[3.0], update_weights=[0.15]))
+    assert seen["grad_weights_cosine"] == approximately(2 * 3 / (2 * 3))
+    assert seen["update_weights_cosine"] == approximately(-2 * 0.15 / (0.1 * 3)), "weights that shrink"
