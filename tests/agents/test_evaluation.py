@@ -10,7 +10,7 @@ from helpers import always, lively_policy
 from rlsched.actors import Perceptron
 from rlsched.agents import evaluate
 from rlsched.agents.evaluation import words
-from rlsched.agents.figures import episode_paths
+from rlsched.agents.figures import ROWS, episode_paths
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROLS
 from rlsched.envs import SchedulingVectorEnv, SetupDistribution
@@ -151,4 +151,4 @@ def test_figure_is_drawn_whatever_the_episodes_were(tiny):
         evaluation = evaluate(SchedulePolicy.zero(), tasks, episodes=episodes, seed=0)
         figure = episode_paths(evaluation, evaluation)
         figure.canvas.draw()
-        assert len(figure.axes) == 4 * min(episodes, 4)
+        assert len(figure.axes) == len(ROWS) * min(episodes, 4)
