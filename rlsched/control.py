@@ -150,6 +150,18 @@ class _Clip(Control):
         return 0 < value < math.inf
 
 
+class _WeightDecay(_Factor):
+    def can_move(self, base: Number) -> Number:
+        return base > 0
+
+    def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
+        values["weight_decay"] = base * exp(moved)
+
+    def write(self, group: dict[str, Any], value: float) -> None:
+        if "weight_decay" in group:
+            group["weight_decay"] = value
+
+
 CONTROLS: Mapping[str, Control] = {
     control.name: control
     for control in (
@@ -180,6 +192,15 @@ CONTROLS: Mapping[str, Control] = {
             step=0.5,
             early_step=0.5,
             seen=Seen(0.0, 2.0, 0.0, 1.5, "/ 2"),
+        ),
+        _WeightDecay(
+            "weight_decay",
+            "log of the factor on the group's own weight decay, decoupled or L2; 0 stays 0",
+            low=-4.0,
+            high=4.0,
+            step=0.3,
+            early_step=0.7,
+            seen=Seen(0.0, 4.0, -1.0, 1.0, "/ 4"),
         ),
     )
 }

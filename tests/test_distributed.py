@@ -33,7 +33,7 @@ LR_STATE = 2 + CONTROL_NAMES.index("lr")  # column of the path of a run: lr, mom
 STEPS, STOP = 30, 14  # windows of 4, after the first inner step; the save is in the middle of one
 BAD = (18, 19, 20)  # steps that are not finite: the last ones before a decision, and enough for a divergence
 OPTIMIZERS = {
-    "SGD": lambda p: torch.optim.SGD(p, 0.1, 0.9),
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01),
     "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
 }
 
