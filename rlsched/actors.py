@@ -96,6 +96,44 @@ class Perceptron(Actor):
         return chain(weights, r"mlp_extractor\.policy_net\.(\d+)\.(weight|bias)", "layers")
 
 
+class Recurrent(Actor):
+    """An LSTM over the decisions of a run, and linear layers with an activation between them behind it.
+
+    Its memory is the LSTM's: hidden state and cell, (*batch, 2 × `UNITS`).
+    """
+
+    name = "recurrent"
+    learner = ("sb3_contrib", "RecurrentPPO")
+    policy = "MlpLstmPolicy"
+
+    UNITS = 64  # of the LSTM
+
+    def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> None:
+        super().__init__(inputs, outputs, hidden, activation)
+        self.cell = blank(nn.LSTMCell, inputs, self.UNITS)
+        self.behind = Perceptron(self.UNITS, outputs, hidden, activation)
+
+    def begin(self, batch: tuple[int, ...] = ()) -> Memory:
+        return torch.zeros(*batch, 2 * self.UNITS, dtype=torch.float32, device="cpu")
+
+    def forward(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        memory = self.begin(observation.shape[:-1]) if memory is None else memory
+        hidden, cell = self.cell(observation, memory.chunk(2, -1))
+        return self.behind(hidden)[0], torch.cat([hidden, cell], -1)
+
+    @classmethod
+    def policy_options(cls, hidden: Sequence[int], activation: str) -> dict[str, Any]:
+        return {**Perceptron.policy_options(hidden, activation), "lstm_hidden_size": cls.UNITS}
+
+    @classmethod
+    def trained(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = [f"{kind}_{source}" for kind in ("weight", "bias") for source in ("ih", "hh")]
+        if any(f"lstm_actor.{name}_l0" not in weights for name in names):
+            raise ValueError("model: it has no lstm_actor, so it is no recurrent policy of sb3-contrib")
+        cell = {f"cell.{name}": weights[f"lstm_actor.{name}_l0"] for name in names}
+        return cell | {f"behind.{key}": tensor for key, tensor in Perceptron.trained(weights).items()}
+
+
 def blank(kind: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
     """A module with zeros for weights. It draws none: who loads a policy has use for their random numbers."""
     module = nn.utils.skip_init(kind, *args, **options, device="cpu", dtype=torch.float32)
@@ -123,7 +161,7 @@ def chain(weights: Mapping[str, Tensor], hidden: str, name: str) -> dict[str, Te
     return layers
 
 
-ACTORS: Mapping[str, type[Actor]] = {kind.name: kind for kind in (Perceptron,)}
+ACTORS: Mapping[str, type[Actor]] = {kind.name: kind for kind in (Perceptron, Recurrent)}
 
 
 def actor(name: str, *args: Any, **options: Any) -> Actor:
