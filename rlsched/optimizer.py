@@ -23,7 +23,7 @@ __all__ = ["Controller", "ScheduledOptimizer", "attach"]
 
 
 class ScheduledOptimizer(Optimizer):
-    r"""A torch optimizer whose learning rate, momentum and clipping follow a learned schedule.
+    r"""A torch optimizer whose learning rate, momentum, clipping and weight decay follow a learned schedule.
 
     Around any `torch.optim.Optimizer` that has a learning rate, in place of a scheduler and of gradient clipping::
 
@@ -35,12 +35,13 @@ class ScheduledOptimizer(Optimizer):
             optimizer.zero_grad()
 
     **The schedule.** Each control has a state, which the policy π moves at the K ≈ `decisions` decisions of a run; at
-    inner step n of N = `total_steps`, in the window after decision k, a parameter group that came with (η, β) has
+    inner step n of N = `total_steps`, in the window after decision k, a group that came with (η, β, λ) has
 
         learning rate   η_n = η · s(n/N) · exp(c_lr) · (1 − β_n) / (1 − β)      the last factor where momentum sums
         momentum        β_n = 1 − (1 − β) · 10^(−c_momentum)                    gradients (SGD, RMSprop), else 1
         clipping        g_n ← g_n · min(1, exp(c_clip + 2.3) · ḡ_{n−1} / ‖g_n‖, `max_grad_norm` / ‖g_n‖)
                         ḡ_n = 0.9 · ḡ_{n−1} + 0.1 · min(‖g_n‖, 10 · ḡ_{n−1})    with 100 for exp(…) while c_clip = 0
+        weight decay    λ_n = λ · exp(c_weight_decay)                           decoupled or L2, as the optimizer has it
 
     and a decision moves them all by
 
@@ -51,7 +52,7 @@ class ScheduledOptimizer(Optimizer):
 
     | symbol | is |
     |---|---|
-    | η, β | the group's own `lr`, and `momentum` or `betas[0]` |
+    | η, β, λ | the group's own `lr`, `momentum` or `betas[0]`, and `weight_decay` |
     | s | the policy's base schedule (`rlsched.base_schedule`) |
     | π | `policy`: the actions in [−1, 1] of a small network |
     | o_k | what it sees of the window before decision k: `docs/spec.md`, `rlsched.signals` |
@@ -109,7 +110,7 @@ class ScheduledOptimizer(Optimizer):
           along the base schedule.
         - All of that is logged: to the logger "rlsched", to TensorBoard, and to `controller.interventions`.
         - A step without any gradient is passed on, warned about once, and does not count.
-        - An optimizer without momentum (SGD's default) keeps it that way.
+        - An optimizer without momentum (SGD's default) keeps it that way, and a weight decay of 0 stays 0.
         - Where torch.distributed is initialized, all ranks of its default group train one model, and take the same
           steps and decisions: by the mean loss of those ranks that report one, and by the gradients of the whole
           model. With parameters that `fully_shard` (FSDP2) has sharded, all ranks have to call `state_dict`.

@@ -106,6 +106,10 @@ class Observation:
     unknown: float = 0.0  # what the policy sees then
 
 
+def _loss_versus(trace: str) -> Callable[[Readings], Number]:
+    return lambda r: r.window.loss - r.history[trace]
+
+
 def _state_of(control: Control) -> Observation:
     shift, scale, low, high, words = control.seen
     return Observation(
@@ -169,7 +173,7 @@ OBSERVATIONS: Mapping[str, Observation] = {
                 f"log loss minus its running average with a half-life of {fraction:g} of the run",
                 -3,
                 3,
-                lambda r, name=name: r.window.loss - r.history[f"loss_{name}"],
+                _loss_versus(f"loss_{name}"),
             )
             for name, fraction in HALF_LIVES.items()
         ),
@@ -316,7 +320,7 @@ def observe(
         entries = [OBSERVATIONS[name] for name in names]
         bounded = [e.unknown if isnan(v) else clamp(v, e.low, e.high) for e, v in zip(entries, values, strict=True)]
         observation = torch.tensor(bounded, dtype=torch.float32, device="cpu")
-    return observation, {name: _moved(history[name], seen[name], TRACES[name].weight(run)) for name in TRACES}
+    return observation, {name: _averaged(history[name], seen[name], TRACES[name].weight(run)) for name in TRACES}
 
 
 def observation_table(observations: Iterable[Observation]) -> str:
@@ -335,7 +339,7 @@ def _bounds(names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tenso
     return low, high, unknown
 
 
-def _moved(value: Number, seen: Number, weight: Number) -> Number:
+def _averaged(value: Number, seen: Number, weight: Number) -> Number:
     return where(isnan(seen), value, value + weight * (seen - value))
 
 
