@@ -30,8 +30,7 @@ class BaseSchedule:
         factor = self.knots[0][1]
         for (start, left), (end, right) in pairwise(self.knots):
             if left != right:
-                slope = (right - left) / (end - start)
-                factor = factor + slope * (clamp(progress, start, end) - start)
+                factor = factor + (right - left) * ((clamp(progress, start, end) - start) / (end - start))
         return factor + 0 * progress  # of the shape of `step`, constant or not
 
     def steps_of_knots(self, total_steps: int) -> set[int]:

@@ -168,11 +168,10 @@ class Meter:
             sample = self._sample
             if sample is None or not sample.is_of(parameters):
                 sample = self._sample = ParameterSample(parameters, self.last_grad)
-            sample.take_grad()
-            if self._is_measured:
-                if self.has_momentum:
-                    sample.take_momentum(buffers(sample.chosen))
-                sample.take_weights()
+            if not self._is_measured:
+                sample.take_grad()
+            else:
+                sample.take_all(buffers(sample.chosen) if self.has_momentum else None)
         cells[CLIP_COEFFICIENT] = 1.0 if self.watches else self._clip(grads, norm, finite, multiple)
 
     def finish_step(self) -> bool:

@@ -110,16 +110,19 @@ class ParameterSample:
 
     def take_grad(self) -> None:
         """Copy the gradients into their row; those before become the last ones."""
+        self._take([GRAD], self._parts(self._local([p.grad for p in self.chosen])))
+
+    def take_all(self, momentum: Sequence[Tensor | None] | None = None) -> None:
+        """Copy the gradients, the weights and the optimizer's momentum of the chosen parameters into their rows."""
+        parts = self._parts(self._local([p.grad for p in self.chosen])) + self._parts_kept(WEIGHTS, self.chosen)
+        if momentum is None:
+            self._take([GRAD, WEIGHTS], parts)
+        else:
+            self._take([GRAD, WEIGHTS, MOMENTUM], parts + self._parts_kept(MOMENTUM, momentum))
+
+    def _take(self, rows: Sequence[int], parts: list[Tensor]) -> None:
         self._rows[LAST_GRAD].copy_(self._rows[GRAD])
-        torch._foreach_copy_(self._views[GRAD], self._parts(self._local([p.grad for p in self.chosen])))
-
-    def take_momentum(self, momentum: Sequence[Tensor | None]) -> None:
-        """Copy the optimizer's momentum of the chosen parameters into its row."""
-        torch._foreach_copy_(self._views[MOMENTUM], self._parts_kept(MOMENTUM, momentum))
-
-    def take_weights(self) -> None:
-        """Copy the weights into their row."""
-        torch._foreach_copy_(self._views[WEIGHTS], self._parts_kept(WEIGHTS, self.chosen))
+        torch._foreach_copy_([view for row in rows for view in self._views[row]], parts)
 
     def finish(self, record: Tensor) -> None:
         """Take the update, now that the step is done, and write the products of all rows into `record`."""
@@ -139,8 +142,9 @@ class ParameterSample:
                 parts.append(self._zero)
             elif self._every == 1:
                 parts.append(tensor)
-            elif order is None and isinstance(taken, slice) and tensor.is_contiguous():
-                parts.append(tensor.view(-1)[taken])
+            elif order is None and not self._sharded and tensor.is_contiguous():
+                length = -(-tensor.numel() // self._every)
+                parts.append(tensor.as_strided((length,), (self._every,), tensor.storage_offset()))
             else:
                 parts.append((tensor.permute(order) if order else tensor).reshape(-1)[taken])
         return parts

@@ -34,9 +34,7 @@ def test_small_network_is_measured_as_the_environment_measures():
         record[parameter_sample.LOSS] = loss
         record[parameter_sample.GRAD_NORM] = grad.norm() if finite else math.nan
         record[parameter_sample.CLIP_COEFFICIENT] = 0.5 if step == 4 else 1.0
-        sample.take_grad()
-        sample.take_momentum(momentum)
-        sample.take_weights()
+        sample.take_all(momentum)
         with torch.no_grad():
             for p in parameters:
                 p -= 0.1 * torch.randn_like(p)
@@ -109,8 +107,7 @@ def test_weights_that_move_to_other_memory_are_found():
     record[0, parameter_sample.LOSS] = record[0, parameter_sample.GRAD_NORM] = 1.0
     for factor in (0.9, 0.5):
         loss_at(model, 0).backward()
-        sample.take_grad()
-        sample.take_weights()
+        sample.take_all()
         for p in model.parameters():
             p.data = factor * p.data
         sample.finish(record[0])
