@@ -18,6 +18,7 @@ from torch.nn import functional
 from rlsched.actors import Actor, Memory, Perceptron, actor
 from rlsched.base_schedule import BaseSchedule, base_schedule
 from rlsched.control import CONTROLS
+from rlsched.number import Number
 from rlsched.signals import OBSERVATIONS
 
 SUFFIX = ".safetensors"
@@ -72,9 +73,12 @@ class Domain(NamedTuple):
         """Mahalanobis distance from the mean, (*batch,)."""
         return torch.linalg.vector_norm(functional.linear(observation - self.mean, self.whitening), dim=-1)
 
-    def influence(self, observation: Tensor) -> Tensor:
+    def influence(self, observation: Tensor) -> Number:
         """What is left of an action, (*batch,), in (0, 1]: 1 inside, and falling with the square of the distance."""
-        return (self.limit / self.distance(observation).clamp(min=1e-12)).square().clamp(max=1)
+        distance = self.distance(observation)
+        if distance.dim() == 0:
+            return min(1.0, (float(self.limit) / max(float(distance), 1e-12)) ** 2)
+        return (self.limit / distance.clamp(min=1e-12)).square().clamp(max=1)
 
 
 class SchedulePolicy:
@@ -187,14 +191,16 @@ class SchedulePolicy:
     def act(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         """The action in [−1, 1], (*batch, controls), and the new memory, for observations (*batch, observations)."""
         action, memory = self.actor(observation, memory)
-        action = action.clamp(-1, 1)
-        return (action if self.domain is None else action * self.influence(observation).unsqueeze(-1)), memory
+        action, influence = action.clamp(-1, 1), self.influence(observation)
+        if isinstance(influence, Tensor):
+            return action * influence.unsqueeze(-1), memory
+        return (action if influence == 1 else action * influence), memory
 
-    def influence(self, observation: Tensor) -> Tensor:
+    def influence(self, observation: Tensor) -> Number:
         """How far the actions are trusted, (*batch,), in (0, 1]: 1 where the policy was trained."""
-        if self.domain is None:
-            return observation.new_ones(observation.shape[:-1])
-        return self.domain.influence(observation)
+        if self.domain is not None:
+            return self.domain.influence(observation)
+        return observation.new_ones(observation.shape[:-1]) if observation.dim() > 1 else 1.0
 
     @property
     def digest(self) -> str:
