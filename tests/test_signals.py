@@ -359,3 +359,48 @@ def test_cosines_with_the_weights():
     seen = observe(window(**products, grad_weights=[3.0], update_weights=[0.15]))
     assert seen["grad_weights_cosine"] == approximately(2 * 3 / (2 * 3))
     assert seen["update_weights_cosine"] == approximately(-2 * 0.15 / (0.1 * 3)), "weights that shrink"
+
+
+def drawn_window(seed, loss_scale=1.0, sample=1.0):
+    """A window of a network whose loss has a factor, measured on a sample with so many times the parameters.
+
+    The update is an optimizer's that divides by the size of gradients: it does not change with the loss.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    last, grad, momentum, weights, update = torch.randn(5, 8, 50, generator=generator, dtype=torch.float64)
+    grad, update = grad + 0.5 * last, 1e-3 * (update + grad)
+    last, grad, momentum = loss_scale * last, loss_scale * grad, loss_scale * momentum
+
+    def products(a, b):
+        return (sample * (a * b).sum(1)).tolist()
+
+    return Moments(
+        loss=tuple((loss_scale * (1 + torch.rand(8, generator=generator, dtype=torch.float64)) / (1 + seed)).tolist()),
+        grad_norm=tuple(grad.norm(dim=1).tolist()),
+        clipped=(0.0, 1.0) * 4,
+        **{
+            name: tuple(products(*pair))
+            for name, pair in {
+                "grad_square": (grad, grad),
+                "last_grad_square": (last, last),
+                "momentum_square": (momentum, momentum),
+                "weights_square": (weights, weights),
+                "update_square": (update, update),
+                "grad_last_grad": (grad, last),
+                "grad_momentum": (grad, momentum),
+                "grad_weights": (grad, weights),
+                "grad_update": (grad, update),
+                "update_weights": (update, weights),
+            }.items()
+        },
+    )
+
+
+@pytest.mark.parametrize("other", [{"loss_scale": 1e-4}, {"loss_scale": 1e4}, {"sample": 0.01}, {"sample": 1000.0}])
+def test_nothing_depends_on_the_scale_of_the_loss_or_on_the_number_of_parameters(other):
+    """A policy from small networks with a loss around one would read another language in larger ones, or in sums."""
+    seen = observe(*(drawn_window(seed) for seed in range(5)))
+    same = observe(*(drawn_window(seed, **other) for seed in range(5)))
+    assert seen == pytest.approx(same, abs=1e-5)
+    inside = [name for name, o in OBSERVATIONS.items() if o.low < seen[name] < o.high and seen[name] != o.unknown]
+    assert set(OBSERVATIONS) - set(inside) <= {"adaptive", "weight_decay"}, "a bound hides what it depends on"
