@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from rlsched.control import CONTROLS, growth
-from rlsched.hyperparameters import Traits, traits_of
+from rlsched.traits import Traits, traits_of
 
 BETA2, ALPHA, EPSILON = 0.999, 0.99, 1e-8  # of Adam and AdamW; of RMSprop; of all three
 
