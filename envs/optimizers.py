@@ -1,6 +1,6 @@
 """The optimizers of inner tasks: which of `torch.optim` each of them is, and how a stack of networks takes its steps.
 
-Each network of a stack has an optimizer of its own, so there is one rule of which all of them are cases. θ are the
+Each network of a stack has an optimizer of its own, so there is one rule, of which all of them are cases. θ are the
 weights, g is the clipped gradient, v the running average of its square and m that of the gradient:
 
     g ← g + l2 θ                                weight decay, but AdamW's
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,28 +28,18 @@ from rlsched.traits import Traits, traits_of
 
 BETA2, ALPHA, EPSILON = 0.999, 0.99, 1e-8  # of Adam and AdamW; of RMSprop; of all three
 
-Hyperparameters = Mapping[str, Tensor]  # "lr", "momentum", "weight_decay" …, each (networks,) or (steps, networks)
-Coefficient = Any  # float (the same for all networks) | Tensor (networks,) | Tensor (steps, networks)
-
-
-class Rule(NamedTuple):
-    """What a step goes by. The defaults leave out a line of the rule."""
-
-    lr: Coefficient  # of the average of gradients
-    momentum: Coefficient
-    l2: Coefficient = 0.0
-    forget: Coefficient = 0.0
-    early_root: Coefficient = 0.0
-    early_epsilon: Coefficient = 1.0
-    lookahead: Coefficient = 1.0
-    root: Coefficient = 0.0
-    epsilon: Coefficient = 1.0
-    shrink: Coefficient = 1.0
-
-    def steps(self, steps: int) -> list[Rule]:
-        """The rule of each step, with columns (networks, 1)."""
-        rows = [c[..., None].expand(steps, -1, -1).unbind() if isinstance(c, Tensor) else [c] * steps for c in self]
-        return [Rule(*of_step) for of_step in zip(*rows, strict=True)]
+Tensors = Mapping[str, Tensor]
+# What leaves out a term of the rule.
+NEUTRAL = {
+    "l2": 0.0,
+    "forget": 0.0,
+    "early_root": 0.0,
+    "early_epsilon": 1.0,
+    "lookahead": 1.0,
+    "root": 0.0,
+    "epsilon": 1.0,
+    "shrink": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -59,13 +49,12 @@ class InnerOptimizer:
     Attributes:
         torch_class: its class.
         fixed: arguments of the class that are the same in every episode.
-        case: its case of the rule, from one with no more than lr and momentum, the hyperparameters, and the number of
-            the step, from 1.
+        terms: what it has of the rule: (hyperparameters, number of the step from 1) -> coefficients, by name.
     """
 
     torch_class: type[Optimizer]
     fixed: Mapping[str, Any]
-    case: Callable[[Rule, Hyperparameters, Tensor], Rule]
+    terms: Callable[[Tensors, Tensor], dict[str, Any]]
 
     def make(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> Optimizer:
         """The optimizer of a network in plain torch."""
@@ -83,38 +72,31 @@ class InnerOptimizer:
         """Whether torch refuses a momentum of zero."""
         return bool(self.fixed.get("nesterov"))
 
-    def rule(self, hyperparameters: Hyperparameters, count: Tensor) -> Rule:
-        """Its rule with these hyperparameters, which are torch's, at the steps of these numbers (from 1)."""
-        momentum = hyperparameters["momentum"]
-        average_lr = hyperparameters["lr"] * growth(momentum, self.traits.sums_gradients)
-        return self.case(Rule(average_lr, momentum), hyperparameters, count)
+
+def _sgd(h: Tensors, count: Tensor) -> dict[str, Any]:
+    return {"l2": h["weight_decay"]}
 
 
-def _sgd(rule: Rule, hyperparameters: Hyperparameters, count: Tensor) -> Rule:
-    return rule._replace(l2=hyperparameters["weight_decay"])
+def _nesterov(h: Tensors, count: Tensor) -> dict[str, Any]:
+    return {"l2": h["weight_decay"], "lookahead": h["momentum"]}
 
 
-def _nesterov(rule: Rule, hyperparameters: Hyperparameters, count: Tensor) -> Rule:
-    return rule._replace(l2=hyperparameters["weight_decay"], lookahead=rule.momentum)
+def _adam(h: Tensors, count: Tensor) -> dict[str, Any]:
+    return {
+        "l2": h["weight_decay"],
+        "forget": 1 - BETA2,
+        "root": (1 - BETA2**count).rsqrt(),  # averages that begin at zero are too small
+        "epsilon": EPSILON,
+        "lr": h["lr"] / (1 - h["momentum"] ** count),
+    }
 
 
-def _adam(rule: Rule, hyperparameters: Hyperparameters, count: Tensor) -> Rule:
-    return rule._replace(
-        l2=hyperparameters["weight_decay"],
-        lr=rule.lr / (1 - rule.momentum**count),  # averages that begin at zero are biased
-        forget=1 - BETA2,
-        root=(1 - BETA2**count).rsqrt(),
-        epsilon=EPSILON,
-    )
+def _adamw(h: Tensors, count: Tensor) -> dict[str, Any]:
+    return {**_adam(h, count), "l2": 0.0, "shrink": 1 - h["lr"] * h["weight_decay"]}
 
 
-def _adamw(rule: Rule, hyperparameters: Hyperparameters, count: Tensor) -> Rule:
-    shrink = 1 - hyperparameters["lr"] * hyperparameters["weight_decay"]
-    return _adam(rule, hyperparameters, count)._replace(l2=0.0, shrink=shrink)
-
-
-def _rmsprop(rule: Rule, hyperparameters: Hyperparameters, count: Tensor) -> Rule:
-    return rule._replace(l2=hyperparameters["weight_decay"], forget=1 - ALPHA, early_root=1.0, early_epsilon=EPSILON)
+def _rmsprop(h: Tensors, count: Tensor) -> dict[str, Any]:
+    return {"l2": h["weight_decay"], "forget": 1 - ALPHA, "early_root": 1.0, "early_epsilon": EPSILON}
 
 
 OPTIMIZERS: Mapping[str, InnerOptimizer] = {
@@ -127,26 +109,33 @@ OPTIMIZERS: Mapping[str, InnerOptimizer] = {
 NUMBERS: Mapping[str, int] = {name: number for number, name in enumerate(OPTIMIZERS)}
 
 
-def rule_of_stack(used: Sequence[str], numbers: Tensor, hyperparameters: Hyperparameters, count: Tensor) -> Rule:
-    """The rule of networks with different optimizers.
+def rule(
+    names: Sequence[str], numbers: Tensor, sums_gradients: Tensor, hyperparameters: Tensors, count: Tensor
+) -> dict[str, Tensor]:
+    """The coefficients of the rule for networks with different optimizers, each (steps, networks) or (networks,).
+
+    A term that none of the optimizers has is not among them.
 
     Args:
-        used: names of all optimizers that there may be in the stack.
-        numbers: which of them each network has, (networks,), as in `NUMBERS`.
+        names: the optimizers that there may be in the stack.
+        numbers: which of all optimizers each network has, (networks,), as in `NUMBERS`.
+        sums_gradients: their trait, (networks,).
         hyperparameters: "lr", "momentum" and "weight_decay" in torch's terms, (networks,) or (steps, networks).
-        count: number of the step, from 1, (networks,) or (steps, networks).
+        count: number of each step, from 1, (steps, networks).
     """
-    first, *others = used
-    mixed = OPTIMIZERS[first].rule(hyperparameters, count)
-    for name in others:
-        own, rule = numbers == NUMBERS[name], OPTIMIZERS[name].rule(hyperparameters, count)
-        mixed = Rule(
-            *(a if a is b or _both_are(a, b) else torch.where(own, b, a) for a, b in zip(mixed, rule, strict=True))
-        )
-    return mixed
+    momentum = hyperparameters["momentum"]
+    coefficients: dict[str, Any] = {
+        "momentum": momentum,
+        "lr": hyperparameters["lr"] * growth(momentum, sums_gradients),
+    }
+    for name in names:
+        own = numbers == NUMBERS[name]
+        for term, value in OPTIMIZERS[name].terms(hyperparameters, count).items():
+            coefficients[term] = torch.where(own, value, coefficients.get(term, NEUTRAL.get(term, 0.0)))
+    return coefficients
 
 
-def stepped(params: Tensor, momentum: Tensor, second_moment: Tensor, grad: Tensor, c: Rule) -> tuple[Tensor, Tensor]:
+def stepped(params: Tensor, momentum: Tensor, second_moment: Tensor, grad: Tensor, c: Tensors) -> tuple[Tensor, Tensor]:
     """The weights after one step, and how far they moved, θ_t − θ_{t+1}; each (networks, parameters).
 
     Those before the step stay as they are. Memory is used again where it can be: fresh pages cost more than arithmetic.
@@ -155,30 +144,22 @@ def stepped(params: Tensor, momentum: Tensor, second_moment: Tensor, grad: Tenso
         params: θ, (networks, parameters).
         momentum, second_moment: m and v, which move on in place.
         grad: g, clipped, which is overwritten.
-        c: the rule of this step.
+        c: the coefficients of the rule, each (networks, 1).
     """
-    if _is_there(c.l2, 0.0):
-        grad.addcmul_(params, c.l2)
-    if _is_there(c.forget, 0.0):
+    if "l2" in c:
+        grad.addcmul_(params, c["l2"])
+    if "forget" in c:
         root = grad.square()
-        second_moment.lerp_(root, c.forget)
+        second_moment.lerp_(root, c["forget"])
         torch.sqrt(second_moment, out=root)
-    if _is_there(c.early_root, 0.0):
-        grad.div_(c.early_root * root + c.early_epsilon)
-    momentum.lerp_(grad, 1 - c.momentum)
-    direction = torch.lerp(grad, momentum, c.lookahead, out=grad) if _is_there(c.lookahead, 1.0) else momentum
-    if _is_there(c.root, 0.0):
-        direction = torch.div(direction, root.mul_(c.root).add_(c.epsilon), out=root)
-    if _is_there(c.shrink, 1.0):
-        after = (params * c.shrink).addcmul_(direction, c.lr, value=-1)
+    if "early_root" in c:
+        grad.div_(torch.addcmul(c["early_epsilon"], root, c["early_root"]))
+    momentum.lerp_(grad, 1 - c["momentum"])
+    direction = torch.lerp(grad, momentum, c["lookahead"], out=grad) if "lookahead" in c else momentum
+    if "root" in c:
+        direction = torch.div(direction, torch.addcmul(c["epsilon"], root, c["root"], out=root), out=root)
+    if "shrink" in c:
+        after = (params * c["shrink"]).addcmul_(direction, c["lr"], value=-1)
     else:
-        after = torch.addcmul(params, direction, c.lr, value=-1)
+        after = torch.addcmul(params, direction, c["lr"], value=-1)
     return after, torch.sub(params, after, out=grad)
-
-
-def _is_there(coefficient: Coefficient, neutral: float) -> bool:
-    return isinstance(coefficient, Tensor) or coefficient != neutral
-
-
-def _both_are(one: Coefficient, other: Coefficient) -> bool:
-    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other

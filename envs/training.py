@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlsched import moments
 from rlsched.envs.draws import minibatch_rows, seeded
-from rlsched.envs.optimizers import NUMBERS, OPTIMIZERS, Rule, rule_of_stack, stepped
+from rlsched.envs.optimizers import NUMBERS, OPTIMIZERS, rule, stepped
 from rlsched.envs.pools import Slots, pool_of
 from rlsched.envs.stacking import Buffers, Stack
 from rlsched.envs.tasks import InnerTask
@@ -51,11 +51,11 @@ class Networks(NamedTuple):
         return Networks(**tensors, buffers={name: b[index] for name, b in self.buffers.items()})
 
     def write(self, index: Slots, networks: Networks) -> None:
-        """Set the networks of these rows to others."""
+        """Set the networks of these rows to others, which may be views of them."""
         for name in self._fields[:-1]:
-            getattr(self, name)[index] = getattr(networks, name)
-        for name, buffer in networks.buffers.items():
-            self.buffers[name][index] = buffer
+            _write(getattr(self, name), index, getattr(networks, name))
+        for name, new in networks.buffers.items():
+            _write(self.buffers[name], index, new)
 
 
 class Settings(NamedTuple):
@@ -220,14 +220,19 @@ class InnerTraining:
         """Inner steps of the networks in `slots`."""
         networks, settings = self.networks.rows(slots), self.settings.rows(slots)
         count = done + torch.arange(1, steps + 1, device=self.device)[:, None]
-        rules = rule_of_stack(self._used, settings.optimizer, hyperparameters, count).steps(steps)
-        clips = hyperparameters["clip"].expand(steps, -1).unbind()
+        coefficients = {
+            **rule(self._used, settings.optimizer, settings.sums_gradients, hyperparameters, count),
+            "clip": hyperparameters["clip"],
+            "loss_scale": settings.loss_scale,
+        }
+        names = tuple(coefficients)
+        table = torch.stack([c.expand(steps, -1) for c in coefficients.values()], 1)[..., None]
         rows = []
         noise = int((settings.seed + done.long()).sum()) & (2**63 - 1)
         with seeded(noise, self.device):
             for i, batch in enumerate(self.minibatches(slots, steps, done)):
                 measured = self._compile or moments.is_measured(i, steps)  # one graph for all steps
-                networks, row = step(networks, rules[i], clips[i], settings.loss_scale, *batch, measured)
+                networks, row = step(networks, names, table[i], *batch, measured)
                 rows.append(row)
         self.networks.write(slots, networks)
         window = Moments(*torch.stack(rows, -1).unbind())
@@ -237,24 +242,25 @@ class InnerTraining:
         return window
 
     def _inner_step(
-        self,
-        networks: Networks,
-        rule: Rule,
-        clip: Tensor,
-        loss_scale: Tensor,
-        inputs: Tensor,
-        targets: Tensor,
-        measured: bool,
+        self, networks: Networks, names: tuple[str, ...], table: Tensor, inputs: Tensor, targets: Tensor, measured: bool
     ) -> tuple[Networks, Tensor]:
         """One inner step.
 
+        Args:
+            networks: before it; their averages move on in place.
+            names: of the coefficients in the table.
+            table: of this step, (coefficients, networks, 1): as one tensor, a compiled step is called in less time.
+            inputs, targets: the mini-batches, (networks, batch, *shape).
+            measured: whether products are.
+
         Returns:
-            The networks after it, and its moments, (fields of Moments, networks), without products if not `measured`.
+            The networks after it, and its moments, (fields of `Moments`, networks).
         """
         params, momentum, second_moment, last_grad, last_square, average, buffers = networks
-        grad, loss, changed = self._stack.gradient(params, buffers, inputs, targets, loss_scale)
+        c = dict(zip(names, table.unbind(), strict=True))
+        grad, loss, changed = self._stack.gradient(params, buffers, inputs, targets, c["loss_scale"][:, 0])
         grad_norm = torch.linalg.vector_norm(grad, dim=-1)
-        coefficient = moments.clip_coefficient(grad_norm, average, clip)
+        coefficient = moments.clip_coefficient(grad_norm, average, c["clip"][:, 0])
         values = dict.fromkeys(Moments._fields, loss)
         values |= {"grad_norm": grad_norm, "clipped": (coefficient < 1).float(), "grad_square": grad_norm.square()}
         if measured:
@@ -266,7 +272,7 @@ class InnerTraining:
                 "grad_momentum": _dot(grad, momentum),
                 "grad_weights": _dot(grad, params),
             }
-        after, update = stepped(params, momentum, second_moment, coefficient[:, None] * grad, rule)
+        after, update = stepped(params, momentum, second_moment, coefficient[:, None] * grad, c)
         if measured:
             values |= {
                 "update_square": _square(update),
@@ -290,6 +296,11 @@ def usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one that torch can compute on here, got {device!r}: {reason}") from error
+
+
+def _write(tensor: Tensor, index: Slots, new: Tensor) -> None:
+    if isinstance(index, list) or tensor[index].data_ptr() != new.data_ptr():
+        tensor[index] = new
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
