@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
         return float(self.returns.mean())
 
 
-def words(policy: Policy) -> dict[str, Any]:
+def environment_options(policy: Policy) -> dict[str, Any]:
     """The arguments of an environment that shows a policy what it asks for, and lets it move what it moves."""
     return {
         "observations": policy.observations,
@@ -53,16 +53,17 @@ def evaluate(
         episodes: their number.
         seed: of the first episode; the others count up. The same seed gives the same episodes to every policy.
         env: a vector environment to play in, for instance one over several processes, in place of a new one. It has to
-            be made with `words(policy)`.
+            be made with `environment_options(policy)`.
     """
     if env is None:
-        env = SchedulingVectorEnv(episodes, tasks, **words(policy))
-    shapes = env.single_observation_space.shape, env.single_action_space.shape
-    if shapes != ((len(policy.observations),), (len(policy.controls),)):
-        raise ValueError(
-            f"env observes and moves {shapes}, the policy {len(policy.observations)} observations and "
-            f"{len(policy.controls)} controls: make it with words(policy)"
-        )
+        env = SchedulingVectorEnv(episodes, tasks, **environment_options(policy))
+    for name in ("observations", "controls", "base_schedule"):
+        there, wanted = env.metadata[name], getattr(policy, name)
+        wanted = getattr(wanted, "name", wanted)
+        if there != wanted:
+            raise ValueError(
+                f"env has {name} {there!r}, the policy {wanted!r}: make it with environment_options(policy)"
+            )
     memory = policy.begin((env.num_envs,))
     observations, infos = env.reset(seed=seed)
     returns, diverged = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)

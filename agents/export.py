@@ -16,10 +16,10 @@ from rlsched.policy import SchedulePolicy
 CHECKPOINT = "checkpoint.zip"  # in the folder of a training run
 # Attributes of a model, which its checkpoint keeps.
 DOMAIN = "observed_domain"  # where the observations lie that it was evaluated on
-WORDS = "schedule_words"  # what its policy sees and moves, and what kind of network decides
+INTERFACE = "policy_interface"  # what its policy sees and moves, and what kind of network decides
 
 
-def words_of(config: TrainConfig) -> dict[str, Any]:
+def interface_of(config: TrainConfig) -> dict[str, Any]:
     """What a model has to know of its configuration to be exported."""
     names = ("observations", "controls", "base_schedule", "actor", "hidden", "activation")
     return {name: getattr(config, name) for name in names}
@@ -38,11 +38,13 @@ def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
     Raises:
         ValueError: the model is not one that `rlsched train` made.
     """
-    words: Mapping[str, Any] | None = getattr(model, WORDS, None)
-    if words is None:
+    interface: Mapping[str, Any] | None = getattr(model, INTERFACE, None)
+    if interface is None:
         raise ValueError("model: it does not say what it observes and moves, so it is not one that rlsched trained")
-    kind = ACTORS[words["actor"]]
-    actor = kind(len(words["observations"]), len(words["controls"]), words["hidden"], words["activation"])
+    kind = ACTORS[interface["actor"]]
+    actor = kind(
+        len(interface["observations"]), len(interface["controls"]), interface["hidden"], interface["activation"]
+    )
     weights = kind.trained({name: tensor.detach().clone() for name, tensor in model.policy.state_dict().items()})
     try:
         actor.load_state_dict(weights)
@@ -50,10 +52,10 @@ def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
         raise ValueError(f"model: its network is not the {kind.name} that it says it is: {error}") from error
     return SchedulePolicy(
         actor,
-        words["observations"],
-        words["controls"],
+        interface["observations"],
+        interface["controls"],
         domain=getattr(model, DOMAIN, None),  # of its last evaluation
-        base_schedule=words["base_schedule"],
+        base_schedule=interface["base_schedule"],
         info=info,
     )
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from rlsched.actors import ACTORS
 from rlsched.agents.config import TrainConfig
-from rlsched.agents.evaluation import Evaluation, evaluate, words
-from rlsched.agents.export import CHECKPOINT, DOMAIN, WORDS, export, learner, words_of
+from rlsched.agents.evaluation import Evaluation, environment_options, evaluate
+from rlsched.agents.export import CHECKPOINT, DOMAIN, INTERFACE, export, interface_of, learner
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.scheduling import SchedulingVectorEnv
@@ -127,7 +127,7 @@ def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
         seed=config.seed,
         device="cpu",
     )
-    setattr(model, WORDS, words_of(config))
+    setattr(model, INTERFACE, interface_of(config))
     return model
 
 
@@ -225,9 +225,9 @@ class _EvaluationCallback(BaseCallback):
         self.bar.set_description("evaluating")
         if self.env is None:
             zero = SchedulePolicy.zero(config.base_schedule)
-            with closing(_vector_env(config, config.eval_episodes, **words(zero))) as env:
+            with closing(_vector_env(config, config.eval_episodes, **environment_options(zero))) as env:
                 self.zero = evaluate(zero, seed=config.eval_seed, env=env)
-            self.env = _vector_env(config, config.eval_episodes, **words(policy))
+            self.env = _vector_env(config, config.eval_episodes, **environment_options(policy))
         self.latest = evaluate(policy, seed=config.eval_seed, env=self.env)
         self.bar.set_description("training")
         return self.latest

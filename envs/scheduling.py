@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rlsched import schedule, signals
-from rlsched.base_schedule import BaseSchedule, base_schedule
-from rlsched.control import CONTROL_NAMES, CONTROLS, base_values, control_table
+from rlsched.base_schedule import BaseSchedule, named_base_schedule
+from rlsched.control import CONTROL_NAMES, CONTROLS, LR, base_values, control_table
 from rlsched.envs.mixtures import mixture
+from rlsched.envs.pools import Slots
 from rlsched.envs.tasks import InnerTask
-from rlsched.envs.training import InnerTraining
+from rlsched.envs.training import ALL, InnerTraining
 from rlsched.moments import Moments
 from rlsched.policy import checked_names
 from rlsched.schedule import ScheduleState
@@ -108,23 +109,25 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         if reward not in REWARDS:
             raise ValueError(f"reward must be one of {REWARDS}, got {reward!r}")
         self.num_envs = num_envs
-        words = _Words(
+        interface = _Interface(
             some_names("observations", observations, OBSERVATIONS),
             some_names("controls", controls, CONTROLS),
-            _base_schedule(base_schedule),
+            named_base_schedule(base_schedule),
         )
-        self.single_observation_space, self.single_action_space = words.observation_space(), words.action_space()
+        self.single_observation_space = interface.observation_space()
+        self.single_action_space = interface.action_space()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._safe_start, self._autoreset = safe_start, autoreset
+        self.metadata = {**self.metadata, **interface._asdict(), "base_schedule": interface.base_schedule.name}
         if not autoreset:
-            self.metadata = {**self.metadata, "autoreset_mode": AutoresetMode.DISABLED}
+            self.metadata["autoreset_mode"] = AutoresetMode.DISABLED
 
         family = mixture(tasks)
         self._groups = []
         for i, task in enumerate(family[:num_envs]):
             training = InnerTraining(task, len(range(i, num_envs, len(family))), compile=compile, device=device)
-            self._groups.append(_Group(training, i, len(family), reward, words))
+            self._groups.append(_Group(training, i, len(family), reward, interface))
         self._rngs: list[Generator] = [np.random.default_rng() for _ in range(num_envs)]
 
     def reset(
@@ -214,7 +217,7 @@ class SchedulingEnv(gymnasium.Env[Array, Array]):
         return observations[0], float(rewards[0]), bool(terminated[0]), bool(truncated[0]), _single(infos)
 
 
-class _Words(NamedTuple):
+class _Interface(NamedTuple):
     """What is seen and moved, and what is modulated."""
 
     observations: tuple[str, ...]
@@ -232,22 +235,22 @@ class _Words(NamedTuple):
 class _Group:
     """The runs that share an inner task: environments `first`, `first + stride`, and so on."""
 
-    def __init__(self, training: InnerTraining, first: int, stride: int, reward: str, words: _Words) -> None:
+    def __init__(self, training: InnerTraining, first: int, stride: int, reward: str, interface: _Interface) -> None:
         self.training = training
         self.index = slice(first, None, stride)
         self._rewarded = reward
-        self._words = words
+        self._interface = interface
         n, device = training.size, training.device
 
         def zeros() -> Tensor:
             return torch.zeros(n, device=device)
 
-        self.observation = torch.zeros(n, len(words.observations), device=device)
+        self.observation = torch.zeros(n, len(interface.observations), device=device)
         self.reward = zeros()
         self.done = torch.ones(n, dtype=torch.bool, device=device)
         self.finite = self.done.clone()  # whether the losses and weights are
-        self.run = training.run(slice(None))
-        self.base = _base(training, slice(None))
+        self.run = training.run()
+        self.base = _base(training)
         self.state = schedule.begin(self.run, self.base, probing=False)
         self.held = schedule.hyperparameters(self.run, self.state, self.base)  # since the last decision
         self.first_loss = zeros()  # of the kind that is rewarded
@@ -259,22 +262,22 @@ class _Group:
 
     def begin(self, slots: list[int], rngs: list[Generator], safe_start: bool) -> None:
         """Start new episodes: draw them, take the first inner step, observe it."""
-        training, words = self.training, self._words
+        training, interface = self.training, self._interface
         own = rngs[self.index]
         training.begin(slots, [own[slot] for slot in slots])
-        self.run, self.base = training.run(slice(None)), _base(training, slice(None))
+        self.run, self.base = training.run(), _base(training)
         run, base = training.run(slots), _base(training, slots)
         state = schedule.begin(run, base, probing=safe_start)
         validation_loss = training.validation_loss(slots)
-        values = schedule.values(run, state, base, words.base_schedule, state.step.unsqueeze(0))
+        values = schedule.values(run, state, base, interface.base_schedule, state.step.unsqueeze(0))
         moments = training.first_step(slots, values, state.step)
         state = state._replace(step=state.step + 1)
         train_loss = moments.loss[:, -1] / training.settings.loss_scale[slots]
         seen = self._as_reported(moments, slots)
         if safe_start:
             state = schedule.start(state, schedule.probe(run, state, seen))
-        observation, state = schedule.observe(run, state, signals.summarise(seen), words.observations)
-        held = schedule.values(run, state, base, words.base_schedule, 0 * state.step)
+        observation, state = schedule.observe(run, state, signals.summarise(seen), interface.observations)
+        held = schedule.values(run, state, base, interface.base_schedule, 0 * state.step)
 
         self.observation[slots] = observation
         self.state, self.held = _with_rows(self.state, slots, state), _with_rows(self.held, slots, held)
@@ -288,17 +291,17 @@ class _Group:
 
     def step(self, actions: Tensor) -> None:
         """One decision and the window of inner training that follows it."""
-        training, run, base, words = self.training, self.run, self.base, self._words
-        moves = zip(words.controls, actions.to(training.device).unbind(-1), strict=True)
+        training, run, base, interface = self.training, self.run, self.base, self._interface
+        moves = zip(interface.controls, actions.to(training.device).unbind(-1), strict=True)
         state = schedule.move(run, self.state, {n: a * CONTROLS[n].can_move(base[n]) for n, a in moves})
         state = schedule.open_window(run, state, run.interval)
         steps = torch.arange(training.task.interval, device=training.device).unsqueeze(-1)
-        values = schedule.values(run, state, base, words.base_schedule, state.step + steps)
+        values = schedule.values(run, state, base, interface.base_schedule, state.step + steps)
         moments = training.window(values, state.step)
-        self.held = {**values, "lr": values["lr"][0]}
+        self.held = {**values, LR.name: values[LR.name][0]}
         state = state._replace(step=state.step + training.task.interval)
-        window = signals.summarise(self._as_reported(moments, slice(None)))
-        self.observation, self.state = schedule.observe(run, state, window, words.observations)
+        window = signals.summarise(self._as_reported(moments))
+        self.observation, self.state = schedule.observe(run, state, window, interface.observations)
         self.train_loss = moments.loss.mean(-1) / training.settings.loss_scale
         self.windows += 1
         ended = self.state.step >= run.total_steps
@@ -343,19 +346,16 @@ class _Group:
             "diverged": ~self.finite,
         }
 
-    def _as_reported(self, moments: Moments, slots: slice | list[int]) -> Moments:
+    def _as_reported(self, moments: Moments, slots: Slots = ALL) -> Moments:
         """What the policy gets to see, where it is not told the loss."""
         told = self.training.settings.loss_reported[slots].unsqueeze(-1) > 0
         return moments._replace(loss=torch.where(told, moments.loss, torch.nan))
 
 
-def _base(training: InnerTraining, slots: slice | list[int]) -> dict[str, Any]:
+def _base(training: InnerTraining, slots: Slots = ALL) -> dict[str, Any]:
     """The hyperparameters that the episodes in `slots` have without a policy, those of no control included."""
     group = training.group(slots)
     return {**group, **base_values(group)}
-
-
-_base_schedule = base_schedule  # which is the name of an argument too
 
 
 def _with_rows(value: Any, slots: list[int], rows: Any) -> Any:

@@ -7,6 +7,7 @@ model its weights are; the algorithms themselves are `rlsched.agents`' business.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 Memory = Any  # what an actor carries from one decision to the next: a tensor (*batch, size), or None
 
 
-class Actor(nn.Module):
+class Actor(nn.Module, ABC):
     """Actions for observations. Its weights are zeros until they come from a file or from training.
 
     Args:
@@ -48,23 +49,23 @@ class Actor(nn.Module):
         """What it remembers at the start of runs of shape `batch`."""
         return None
 
+    @abstractmethod
     def forward(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         """Actions (*batch, outputs), not clipped, and the new memory, for observations (*batch, inputs)."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def policy_options(cls, hidden: Sequence[int], activation: str) -> dict[str, Any]:
         """The `policy_kwargs` of the learner's model, with a critic of the same widths."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def trained(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The actor's own state, from the state of the learner's policy.
 
         Raises:
             ValueError: it is not the state of such a policy.
         """
-        raise NotImplementedError
 
 
 class Perceptron(Actor):

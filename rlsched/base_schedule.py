@@ -63,7 +63,7 @@ BASE_SCHEDULES: Mapping[str, BaseSchedule] = {
 }
 
 
-def base_schedule(name: str | BaseSchedule) -> BaseSchedule:
+def named_base_schedule(name: str | BaseSchedule) -> BaseSchedule:
     """The base schedule of this name.
 
     Raises:

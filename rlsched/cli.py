@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,18 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (here := os.getcwd()) not in sys.path:  # for tasks as module:NAME; `python -m` has it there, the command has not
         sys.path.append(here)
+    return exit_code(f"rlsched {options.verb}", lambda: options.run(options))
+
+
+def exit_code(command: str, work: Callable[[], object]) -> int:
+    """Do the work of a command; what went wrong is told in a line. Returns 0, 1 for wrong input, 130 if interrupted."""
     try:
-        options.run(options)
+        work()
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRAS:
             raise
-        print(f"rlsched {options.verb} needs {error.name}: pip install 'rlsched[train]'", file=sys.stderr)
+        print(f"{command} needs {error.name}: pip install 'rlsched[train]'", file=sys.stderr)
         return 1
     except (ValueError, FileNotFoundError) as error:
-        print(f"rlsched {options.verb}: error: {error}", file=sys.stderr)
+        print(f"{command}: error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -8,6 +8,7 @@ in training, whose values are tensors (*batch,). The functions here serve both.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -28,11 +29,13 @@ class Seen(NamedTuple):
     scale: float
     low: float
     high: float
-    words: str
+
+    def __str__(self) -> str:
+        return (f", − {self.shift:g}" if self.shift else "") + (f", / {self.scale:g}" if self.scale != 1 else "")
 
 
 @dataclass(frozen=True)
-class Control:
+class Control(ABC):
     """One entry of the action vector, in [−1, 1], and the state that it moves.
 
     A decision adds `step * action` to the state (`early_step` in the first fifth of a run), which stays within
@@ -63,12 +66,17 @@ class Control:
         """Whether there is anything to control."""
         return True
 
+    @abstractmethod
     def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
-        """Set in `values` what a state means that is `moved` from its origin. With 0 it is the base, to the bit."""
-        raise NotImplementedError
+        """Set in `values`, which begin as the base values, what a state means that is `moved` from its origin.
+
+        With 0 it is the base, to the bit. `sums_gradients`: see `growth`.
+        """
 
     def write(self, group: dict[str, Any], value: float) -> None:
         """Set the hyperparameter in a parameter group of a torch optimizer, where it has it."""
+        if self.name in group:
+            group[self.name] = value
 
     allowed: ClassVar[str] = "finite and not negative"  # what the hyperparameter can be
 
@@ -88,11 +96,11 @@ class _Factor(Control):
     def state(self, base: float, value: float) -> float:
         return clamp(math.log(value / base), self.low, self.high) if value > 0 else self.low
 
+    def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
+        values[self.name] = values[self.name] * exp(moved)
+
 
 class _LearningRate(_Factor):
-    def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
-        values["lr"] = values["lr"] * exp(moved)
-
     def base(self, group: Mapping[str, Any]) -> Number:
         # A torch scheduler that came first may have begun a warm-up at 0.
         return _plain(group.get("initial_lr", group["lr"]))
@@ -101,7 +109,7 @@ class _LearningRate(_Factor):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(value)
         else:
-            group["lr"] = value
+            super().write(group, value)
 
 
 class _Momentum(Control):
@@ -128,8 +136,8 @@ class _Momentum(Control):
     def write(self, group: dict[str, Any], value: float) -> None:
         if group.get("betas"):
             group["betas"] = (value, *group["betas"][1:])
-        elif "momentum" in group:
-            group["momentum"] = value
+        else:
+            super().write(group, value)
 
     allowed = "in [0, 1)"
 
@@ -154,13 +162,6 @@ class _WeightDecay(_Factor):
     def can_move(self, base: Number) -> Number:
         return base > 0
 
-    def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
-        values["weight_decay"] = base * exp(moved)
-
-    def write(self, group: dict[str, Any], value: float) -> None:
-        if "weight_decay" in group:
-            group["weight_decay"] = value
-
 
 CONTROLS: Mapping[str, Control] = {
     control.name: control
@@ -172,7 +173,7 @@ CONTROLS: Mapping[str, Control] = {
             high=7.0,
             step=0.25,
             early_step=0.7,
-            seen=Seen(0.0, 5.0, -1.4, 1.4, "/ 5"),
+            seen=Seen(0.0, 5.0, -1.4, 1.4),
         ),
         _Momentum(
             "momentum",
@@ -181,7 +182,7 @@ CONTROLS: Mapping[str, Control] = {
             high=-math.log10(1 - MAX_MOMENTUM),
             step=0.3,
             early_step=0.3,
-            seen=Seen(1.0, 1.0, -1.0, 2.0, "− 1"),
+            seen=Seen(1.0, 1.0, -1.0, 2.0),
         ),
         _Clip(
             "clip",
@@ -191,7 +192,7 @@ CONTROLS: Mapping[str, Control] = {
             high=3.0,
             step=0.5,
             early_step=0.5,
-            seen=Seen(0.0, 2.0, 0.0, 1.5, "/ 2"),
+            seen=Seen(0.0, 2.0, 0.0, 1.5),
         ),
         _WeightDecay(
             "weight_decay",
@@ -200,7 +201,7 @@ CONTROLS: Mapping[str, Control] = {
             high=4.0,
             step=0.3,
             early_step=0.7,
-            seen=Seen(0.0, 4.0, -1.0, 1.0, "/ 4"),
+            seen=Seen(0.0, 4.0, -1.0, 1.0),
         ),
     )
 }

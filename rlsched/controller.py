@@ -209,9 +209,10 @@ class Controller:
                 "too long",
                 f"training goes on after total_steps={self.total_steps}: the learning rate stays where it ended",
             )
-        usual = self.state._replace(probing=0)
-        usual_decay = schedule.decay(self.run, usual, self.policy.base_schedule, usual.step)
-        if self.groups.write(self._decay(), self._written, usual_decay):
+        decay = usual_decay = self._decay()
+        if self.state.probing:
+            usual_decay = self.policy.base_schedule.factor(self.state.step, self.total_steps)
+        if self.groups.write(decay, self._written, usual_decay):
             self._warn(
                 "scheduler",
                 "a torch scheduler, or other code, has changed the learning rate, which has no effect: take it away, "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlsched.base_schedule import BaseSchedule, base_schedule
+from rlsched.base_schedule import BaseSchedule, named_base_schedule
 from rlsched.control import CONTROLS, LR, decided
 
 VERSION = 2  # of the file, raised whenever a field changes its meaning
@@ -60,7 +60,7 @@ class FrozenSchedule:
     values: Mapping[str, tuple[float, ...]]
 
     def __post_init__(self) -> None:
-        base_schedule(self.base_schedule)
+        named_base_schedule(self.base_schedule)
         knots = len(self.steps)
         if not knots or self.steps[0] != 0 or any(a >= b for a, b in pairwise(self.steps)):
             raise ValueError(f"steps must rise from 0 on, got {_shown(self.steps)}")

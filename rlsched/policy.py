@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rlsched.actors import Actor, Memory, Perceptron, actor
-from rlsched.base_schedule import BaseSchedule, base_schedule
+from rlsched.base_schedule import BaseSchedule, named_base_schedule
 from rlsched.control import CONTROLS
 from rlsched.number import Number
 from rlsched.signals import OBSERVATIONS
@@ -118,7 +118,7 @@ class SchedulePolicy:
         self.actor = actor.to("cpu", torch.float32).requires_grad_(False).eval()
         self.safe_start = safe_start
         self.domain = domain
-        self.base_schedule = _base_schedule(base_schedule)
+        self.base_schedule = named_base_schedule(base_schedule)
         self.info = info or {}
 
     @classmethod
@@ -246,9 +246,6 @@ def checked_names(argument: str, names: Sequence[str], known: Mapping[str, Any])
     if unknown or len(set(names)) < len(names):
         raise ValueError(f"{argument} must be some of {tuple(known)}, each once, got {names!r}")
     return tuple(names)
-
-
-_base_schedule = base_schedule  # which is the name of an argument too
 
 
 def _version() -> str:

@@ -7,9 +7,9 @@ environment drives them for N networks, the controller for one. In the order of 
     ... the first window is one inner step, at `hyperparameters(run, state, base)` times `decay(...)` ...
     offset = probe(run, state, window)               # how high the learning rate may start
     state = start(state, offset)
-    observation, state = observe(run, state, window, policy.observations)
+    observation, state = observe(run, state, signals.summarise(window), policy.observations)
     action, memory = policy.act(observation, state.memory)
-    state = move(run, state, action, memory)
+    state = move(run, state, {name: action[..., i] for i, name in enumerate(policy.controls)}, memory)
     state = open_window(run, state, run.interval)
     ... a window of inner steps, and so on from `observe`
 """

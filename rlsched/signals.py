@@ -111,13 +111,13 @@ def _loss_versus(trace: str) -> Callable[[Readings], Number]:
 
 
 def _state_of(control: Control) -> Observation:
-    shift, scale, low, high, words = control.seen
+    seen = control.seen
     return Observation(
         control.name,
-        f"state of the {control.name} control, {words}",
-        low,
-        high,
-        lambda r: (r.control[control.name] - shift) / scale,
+        f"state of the {control.name} control{seen}",
+        seen.low,
+        seen.high,
+        lambda r: (r.control[control.name] - seen.shift) / seen.scale,
     )
 
 
@@ -158,7 +158,7 @@ OBSERVATIONS: Mapping[str, Observation] = {
             "log loss minus its slow running average",
             -3,
             3,
-            lambda r: r.window.loss - r.history["slow_loss"],
+            _loss_versus("slow_loss"),
         ),
         Observation(
             "loss_vs_first",

@@ -8,7 +8,7 @@ import torch
 from helpers import lively_policy, loss_at, network, train
 
 from rlsched import ScheduledOptimizer, SchedulePolicy
-from rlsched.base_schedule import BASE_SCHEDULES, BaseSchedule, base_schedule
+from rlsched.base_schedule import BASE_SCHEDULES, BaseSchedule, named_base_schedule
 
 # One more than there are, which bends at any step, and begins at zero.
 BENT = BaseSchedule("bent", "for tests", ((0.0, 0.0), (0.137, 1.0), (0.71, 0.9), (1.0, 0.05)))
@@ -122,7 +122,7 @@ def test_policy_keeps_its_base_schedule_in_its_file(schedule, tmp_path):
 def test_unknown_name_is_refused():
     """A misspelt warm-up would be none."""
     with pytest.raises(ValueError, match=r"base_schedule must be one of \['linear'.*got 'cosine'"):
-        base_schedule("cosine")
+        named_base_schedule("cosine")
 
 
 def test_probe_comes_before_any_base_schedule():

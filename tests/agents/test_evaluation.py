@@ -1,6 +1,8 @@
 """An evaluation is worth what its episodes were worth."""
 
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from helpers import always, lively_policy
 
 from rlsched.actors import Perceptron
 from rlsched.agents import evaluate
-from rlsched.agents.evaluation import words
+from rlsched.agents.evaluation import environment_options
 from rlsched.agents.figures import ROWS, episode_paths
 from rlsched.base_schedule import BASE_SCHEDULES
-from rlsched.control import CONTROLS
+from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.envs import SchedulingVectorEnv, SetupDistribution
+from rlsched.envs.sharding import Inline, ShardedVectorEnv
 from rlsched.policy import Domain, Policy, SchedulePolicy
+from rlsched.signals import OBSERVATION_NAMES
 
 EPISODES, SEED = 5, 70
 
@@ -40,7 +44,7 @@ def test_zero_policy_scores_what_zero_actions_earn(tiny):
 def test_every_policy_meets_the_same_episodes(tiny):
     """Two policies on different episodes would be compared by luck; also when one environment serves twice."""
     still, up = always(), always(**dict.fromkeys(CONTROLS, 1.0))
-    env = SchedulingVectorEnv(EPISODES, tiny, **words(still))
+    env = SchedulingVectorEnv(EPISODES, tiny, **environment_options(still))
     first = evaluate(still, seed=SEED, env=env)
     other = evaluate(up, seed=SEED, env=env)
     for one, two in zip(first.paths["total_steps"], other.paths["total_steps"], strict=True):
@@ -93,11 +97,11 @@ def test_memory_is_passed_on_and_begins_anew(tiny):
     """A policy that remembers would be judged by its first decision alone, or by what it remembers of other runs."""
     policy = Counting()
     assert isinstance(policy, Policy)
-    env = SchedulingVectorEnv(EPISODES, tiny, **words(policy))
+    env = SchedulingVectorEnv(EPISODES, tiny, **environment_options(policy))
     for _ in range(2):
         evaluation = evaluate(policy, seed=SEED, env=env)
         for run in range(EPISODES):
-            alone = SchedulingVectorEnv(1, [tiny[run % len(tiny)]], **words(policy), autoreset=False)
+            alone = SchedulingVectorEnv(1, [tiny[run % len(tiny)]], **environment_options(policy), autoreset=False)
             alone.reset(seed=SEED + run)
             actions = [1.0] * policy.raised + [0.0] * (len(evaluation.paths["lr"][run]) - policy.raised)
             lr = [alone.step(np.full((1, 1), action, np.float32))[-1]["lr"][0] for action in actions]
@@ -105,13 +109,17 @@ def test_memory_is_passed_on_and_begins_anew(tiny):
             assert len(lr) > policy.raised + 1 and lr[policy.raised - 1] > lr[0]
 
 
-@pytest.mark.parametrize(("observations", "controls"), [(("progress",), None), (None, ("lr",))])
-def test_environment_of_another_shape_is_refused(tiny, observations, controls):
-    """A batch of wrong columns would end in a message about matrices, or be broadcast."""
+@pytest.mark.parametrize("name, value", [
+    ("observations", ("progress",)), ("observations", OBSERVATION_NAMES[::-1]),
+    ("controls", ("lr",)), ("controls", CONTROL_NAMES[::-1]), ("base_schedule", "constant"),
+])  # fmt: skip
+@pytest.mark.parametrize("make", [SchedulingVectorEnv, partial(ShardedVectorEnv, processes=1, transport=Inline)])
+def test_environment_of_another_policy_is_refused(tiny, name, value, make):
+    """Columns of another number, or of other names, would be taken for those that the policy was trained on."""
     policy = lively_policy()
-    other = {"observations": observations or policy.observations, "controls": controls or policy.controls}
-    env = SchedulingVectorEnv(2, tiny, **other)
-    with pytest.raises(ValueError, match=r"^env observes and moves .*, the policy .*: make it with words\(policy\)"):
+    env = make(2, tiny, **{**environment_options(policy), name: value})
+    message = rf"^env has {name} .*, the policy .*: make it with environment_options\(policy\)"
+    with closing(env), pytest.raises(ValueError, match=message):
         evaluate(policy, env=env)
 
 

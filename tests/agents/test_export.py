@@ -6,7 +6,7 @@ import torch
 from stable_baselines3 import PPO
 
 from rlsched.actors import ACTIVATIONS, ACTORS
-from rlsched.agents.export import WORDS, export, load_checkpoint
+from rlsched.agents.export import INTERFACE, export, load_checkpoint
 from rlsched.agents.ppo import _new_model
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs import SchedulingVectorEnv
@@ -84,7 +84,7 @@ def test_export_knows_what_the_model_sees_and_moves(make_model, tmp_path):
     observations = sequences(model.observation_space)
     for policy in (export(model), load_checkpoint(tmp_path)):
         assert {"observations": policy.observations, "controls": policy.controls} == seen
-        assert policy.base_schedule.name == getattr(model, WORDS)["base_schedule"]
+        assert policy.base_schedule.name == getattr(model, INTERFACE)["base_schedule"]
         np.testing.assert_allclose(decisions(policy, observations), predictions(model, observations), atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_other_models_are_refused(make_model, tiny, tmp_path):
             refused()
     for option, value in (("hidden", (8, 8)), ("hidden", (9,)), ("controls", ("lr",)), ("observations", ("lr",))):
         model = make_model(hidden=(8,))
-        setattr(model, WORDS, {**getattr(model, WORDS), option: value})
+        setattr(model, INTERFACE, {**getattr(model, INTERFACE), option: value})
         with pytest.raises(ValueError, match=r"^model: its network is not the perceptron that it says it is"):
             export(model)
 

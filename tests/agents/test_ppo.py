@@ -14,8 +14,7 @@ from rlsched.actors import ACTORS
 from rlsched.agents import evaluate, train
 from rlsched.agents.export import export, learner, load_checkpoint
 from rlsched.agents.ppo import _vector_env
-from rlsched.base_schedule import BASE_SCHEDULES
-from rlsched.base_schedule import base_schedule as base_schedule_of
+from rlsched.base_schedule import BASE_SCHEDULES, named_base_schedule
 from rlsched.envs import SchedulingVectorEnv
 from rlsched.policy import SchedulePolicy
 
@@ -175,7 +174,7 @@ def test_policy_sees_moves_and_modulates_what_was_asked_for(make_config, monkeyp
     monkeypatch.setattr("rlsched.agents.ppo._vector_env", recorded)
     policy = train(config)
     assert len(made) == 3  # to train in, and to play the policy and the zero policy in
-    assert all(base_schedule_of(options["base_schedule"]).name == base_schedule for options in made)
+    assert all(named_base_schedule(options["base_schedule"]).name == base_schedule for options in made)
     assert {"observations": policy.observations, "controls": policy.controls} == asked
     assert policy.base_schedule == BASE_SCHEDULES[base_schedule]
     scores = policy.info["evaluation"]
