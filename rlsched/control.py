@@ -97,7 +97,7 @@ class _Factor(Control):
         return clamp(math.log(value / base), self.low, self.high) if value > 0 else self.low
 
     def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
-        values[self.name] = values[self.name] * exp(moved)
+        values[self.name] = values.get(self.name, base) * exp(moved)
 
 
 class _LearningRate(_Factor):

@@ -22,6 +22,7 @@ from rlsched.options import ScheduleOptions, shows_options
 from rlsched.safety import Guard, Intervention
 from rlsched.signals import Run
 from rlsched.tensorboard import RunLog
+from rlsched.traits import OWN_SCALE_TRUST
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -57,19 +58,26 @@ class Controller:
         self.groups = ParameterGroups(optimizer, lr_bounds=given.lr_bounds, follow_scheduler=given.follow_scheduler)
         traits, base = self.groups.traits, self.groups.bases[0]
         interval = schedule.decision_interval(given.total_steps, given.decisions)
-        self.run = Run(given.total_steps, interval, 1 if traits.adaptive else -1, int(traits.sums_gradients))
+        trust = given.trust or (OWN_SCALE_TRUST if traits.own_scale else math.inf)
+        adaptive, sums = 1 if traits.adaptive else -1, int(traits.sums_gradients)
+        self.run = Run(given.total_steps, interval, adaptive, sums, math.log(trust))
         chosen = set(self.policy.controls) & set(given.controls)
         self._moving = tuple(n for n, control in CONTROLS.items() if n in chosen and control.can_move(base[n]))
         self._written = () if given.shadow else self._moving
         self.meter = Meter(
             interval, has_momentum=base["momentum"] > 0, max_grad_norm=given.max_grad_norm, watches=given.shadow
         )
-        answer, moves_lr = None if given.shadow else given.on_divergence, LR.name in self._moving
-        most = given.max_update_ratio
         self.guard = Guard(
-            optimizer, self.meter, on_divergence=answer, max_update_ratio=most, moves_lr=moves_lr, log=self.log
+            optimizer,
+            self.meter,
+            on_divergence=None if given.shadow else given.on_divergence,
+            snapshots=given.snapshots,
+            model=given.model,
+            max_update_ratio=given.max_update_ratio,
+            moves_lr=LR.name in self._moving,
+            log=self.log,
         )
-        probing = self.policy.safe_start and LR.name in self._written
+        probing = self.policy.safe_start and LR.name in self._written and not traits.own_scale
         self.state = schedule.begin(self.run, base, probing=probing, memory=self.policy.begin())
         self.skipped = 0
         self.proposal: dict[str, float] = {}
@@ -172,7 +180,7 @@ class Controller:
         state = schedule.move(run, state, {name: actions[name] for name in self._moving}, memory)
         if guard.moves_lr:
             state = guard.bound_lr(state, before, summary)
-        state, filled, diverges = guard.answer_divergence(state, before, window, summary)
+        state, filled, diverges = guard.answer_divergence(run, state, before, window, summary)
         if "momentum" in self._written:
             self.groups.rescale_buffers(run, filled, state)
         if not diverges:

@@ -6,12 +6,15 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+from torch.nn import Module
+
 from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.policy import Policy, SchedulePolicy, checked_names
-from rlsched.safety import ON_DIVERGENCE
+from rlsched.safety import FULL, ON_DIVERGENCE, ROLLBACK, SNAPSHOTS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -30,6 +33,9 @@ class CallbackOptions(TypedDict, total=False):
     max_grad_norm: float | None
     follow_scheduler: bool
     on_divergence: str | None
+    snapshots: str
+    model: Module | None
+    trust: float | None
     lr_bounds: tuple[float, float]
     max_update_ratio: float
     shadow: bool
@@ -57,7 +63,10 @@ class ScheduleOptions:
     decisions: int = 100
     max_grad_norm: float | None = None
     follow_scheduler: bool = False
-    on_divergence: str | None = "cut"
+    on_divergence: str | None = ROLLBACK
+    snapshots: str = FULL
+    model: Module | None = None
+    trust: float | None = None
     lr_bounds: tuple[float, float] = (0.0, math.inf)
     max_update_ratio: float = 3.0
     shadow: bool = False
@@ -65,19 +74,22 @@ class ScheduleOptions:
     writer: SummaryWriter | None = None
 
     def __post_init__(self) -> None:
-        steps, bounds = self.total_steps, self.lr_bounds
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps <= 0:
-            raise ValueError(f"total_steps must be a positive int, the number of optimizer steps, got {steps!r}")
-        if isinstance(self.decisions, bool) or not isinstance(self.decisions, int) or self.decisions <= 0:
-            raise ValueError(f"decisions must be a positive int, got {self.decisions!r}")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm!r}")
-        if self.on_divergence not in ON_DIVERGENCE:
-            raise ValueError(f"on_divergence must be one of {ON_DIVERGENCE}, got {self.on_divergence!r}")
-        if not (len(bounds) == 2 and 0 <= bounds[0] <= bounds[1]):
-            raise ValueError(f"lr_bounds must be (lowest, highest) with 0 <= lowest <= highest, got {bounds!r}")
-        if not self.max_update_ratio > 0:
-            raise ValueError(f"max_update_ratio must be positive, got {self.max_update_ratio!r}")
+        object.__setattr__(self, "total_steps", _positive_int("total_steps", self.total_steps))
+        object.__setattr__(self, "decisions", _positive_int("decisions", self.decisions))
+        object.__setattr__(self, "lr_bounds", _bounds(self.lr_bounds))
+        for name, at_least in (("max_grad_norm", 0), ("trust", 1)):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and value > at_least):
+                raise ValueError(f"{name} must be None or a number above {at_least}, got {value!r}")
+        if not (_is_number(self.max_update_ratio) and self.max_update_ratio > 0):
+            raise ValueError(f"max_update_ratio must be a positive number, got {self.max_update_ratio!r}")
+        for name, allowed in (("on_divergence", ON_DIVERGENCE), ("snapshots", SNAPSHOTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.model is not None and not isinstance(self.model, Module):
+            raise TypeError(f"model must be a torch.nn.Module or None, got {type(self.model).__name__}")
+        if self.writer is not None and not hasattr(self.writer, "add_scalar"):
+            raise TypeError(f"writer must be a SummaryWriter, which has add_scalar, got {type(self.writer).__name__}")
         if self.shadow and self.follow_scheduler:
             raise ValueError("follow_scheduler: in shadow mode nothing is set, and so nothing can follow")
         chosen = checked_names("controls", self.controls, CONTROLS)
@@ -91,6 +103,23 @@ class ScheduleOptions:
     def loaded_policy(self) -> Policy:
         """The policy itself."""
         return SchedulePolicy.load(self.policy) if isinstance(self.policy, str | Path) else self.policy
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+    return int(value)
+
+
+def _bounds(value: Any) -> tuple[float, float]:
+    numbers = tuple(value) if isinstance(value, Sequence) else ()
+    if not (len(numbers) == 2 and all(map(_is_number, numbers)) and 0 <= numbers[0] <= numbers[1]):
+        raise ValueError(f"lr_bounds must be (lowest, highest) with 0 <= lowest <= highest, got {value!r}")
+    return float(numbers[0]), float(numbers[1])
 
 
 def shows_options(required: bool = True) -> Callable[[T], T]:

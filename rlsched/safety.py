@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from rlsched import schedule
@@ -23,13 +25,21 @@ from rlsched.tensorboard import RunLog
 LOGGER = logging.getLogger("rlsched")
 
 CUT, ROLLBACK, RAISE = "cut", "rollback", "raise"
-ON_DIVERGENCE = (CUT, ROLLBACK, RAISE, None)  # what can be done about it
+ON_DIVERGENCE = (ROLLBACK, CUT, RAISE, None)  # what can be done about it
+FULL, HOST, WEIGHTS = "full", "host", "weights"
+SNAPSHOTS = (FULL, HOST, WEIGHTS)  # of weights and optimizer state; the same in host memory; of the weights alone
 LR_CUT = math.log(10)  # e-folds taken off the learning rate
 BACK_OFF = math.log(2)  # e-folds below the learning rate that diverged, which are out of bounds from then on
+EASE = 0.02  # e-folds by which a good window raises that bound again
 NONFINITE_STEPS = 3  # in a row: a bad batch comes alone
 RISE = math.log(3)  # of the average loss over its lowest
+NOISE = 3.0  # a loss is above another by so many times the noise, or it is the same
+NOISE_WEIGHT = 0.1  # of a new window in the running average of the noise
+PATIENCE = 0.1  # of the windows of a run: for so long may a loss that was gained be lost, or nothing be gained
+FAR_ABOVE = math.log(2)  # the base schedule's learning rate, to gain nothing
 SNAPSHOT_INTERVAL = 5  # decisions between two snapshots
 MAX_PROBES = 20  # inner steps, until one of them is finite and small enough
+PRINTED = 3  # interventions of a kind are printed, and then each that doubles their number
 
 
 class DivergenceError(RuntimeError):
@@ -43,6 +53,13 @@ class Intervention(NamedTuple):
     message: str
 
 
+class Alarm(NamedTuple):
+    """Why a run is not to go on as it does."""
+
+    reason: str
+    is_idle: bool = False  # nothing was gained, and nothing is lost
+
+
 class GuardState(NamedTuple):
     """What the guard remembers of a run."""
 
@@ -50,31 +67,65 @@ class GuardState(NamedTuple):
     first: float = math.nan  # log loss of the first window
     average: float = math.nan  # running average of the log loss
     lowest: float = math.nan  # that it was
+    noise: float = 0.0  # running average of how far the log loss of a window is from the running average
+    lost: int = 0  # windows in a row in which half of what was gained is lost
+    idle: int = 0  # windows in a row far above the base schedule, and nothing gained
     ceiling: float = LR.high  # of the lr control's state
     restored_at: int = -1  # inner step whose gradients are of weights that were taken back
+    on_trial: bool = False  # whether weights were brought back, and no loss of theirs has been seen
     interventions: tuple[Intervention, ...] = ()
+
+    @property
+    def has_lost_half(self) -> bool:
+        """Whether half of what was gained since the run began is lost, by more than the noise."""
+        middle = (math.exp(self.first) + math.exp(self.lowest)) / 2
+        is_clear = self.average > self.lowest + NOISE * self.noise or self.average > self.first + self.noise
+        return math.exp(self.average) > middle and is_clear
 
 
 class Snapshot(NamedTuple):
-    """A run at one moment. Buffers of a model (batch norm's) are not in it."""
+    """A run at one moment."""
 
-    weights: list[tuple[Tensor, Tensor]]  # each parameter and what it was
+    tensors: list[tuple[Tensor, Tensor]]  # each parameter and each buffer of the model, and what it was
     optimizer_state: dict[Tensor, Any]
     schedule: ScheduleState
     guard: GuardState
     average_norm: Number  # of the gradient
 
     @classmethod
-    def of(cls, optimizer: Optimizer, schedule: ScheduleState, guard: GuardState, average_norm: Number) -> Snapshot:
-        weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
-        states = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
-        return cls(weights, states, schedule, guard, average_norm)
+    def of(
+        cls,
+        optimizer: Optimizer,
+        schedule: ScheduleState,
+        guard: GuardState,
+        average_norm: Number,
+        *,
+        model: Module | None = None,
+        kind: str = FULL,
+        optimizer_state: dict[Tensor, Any] | None = None,
+    ) -> Snapshot:
+        """A snapshot of the present.
+
+        Args:
+            optimizer: whose weights and state it is of.
+            schedule, guard, average_norm: what goes with them.
+            model: has buffers that belong to it, as those of batch norm.
+            kind: of `SNAPSHOTS`.
+            optimizer_state: take this for the optimizer's state, as an earlier snapshot has it.
+        """
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        if model is not None:
+            tensors += model.buffers()
+        device = "cpu" if kind == HOST else None
+        if optimizer_state is None:
+            optimizer_state = {p: _copied(state, device) for p, state in optimizer.state.items()}
+        return cls([(t, _copied(t, device)) for t in tensors], optimizer_state, schedule, guard, average_norm)
 
     @torch.no_grad()
     def restore(self, optimizer: Optimizer) -> None:
-        """Bring weights and optimizer state back, in place."""
-        for p, weights in self.weights:
-            p.copy_(weights)
+        """Bring weights, buffers and optimizer state back, in place."""
+        for tensor, saved in self.tensors:
+            tensor.copy_(saved)
         for p in list(optimizer.state):
             if p in self.optimizer_state:
                 _restore(optimizer.state[p], self.optimizer_state[p])
@@ -85,13 +136,17 @@ class Snapshot(NamedTuple):
 class Guard:
     """Watches over one run, and answers what happens to it.
 
-    A run diverges if its last three steps or more were not finite; or if the running average of its loss is three
-    times the lowest that it was, and has lost half of all that was gained since the run began.
+    A run diverges if its last three steps or more were not finite; if the running average of its loss is three times
+    the lowest that it was, and has lost half of all that was gained since the run began; or if it has lost that much
+    for a tenth of the run. It idles if for a tenth of the run nothing was gained at all, at learning rates of more than
+    twice those of the base schedule.
 
     Args:
         optimizer: whose weights and state snapshots are of.
         meter: whose running average of the gradient norm is part of them.
         on_divergence: of `ON_DIVERGENCE`.
+        snapshots: of `SNAPSHOTS`.
+        model: whose buffers are part of them.
         max_update_ratio: of the norm of updates over that of the weights.
         moves_lr: whether the learning rate is under control.
         log: where interventions are written.
@@ -103,27 +158,34 @@ class Guard:
         meter: Meter,
         *,
         on_divergence: str | None,
+        snapshots: str,
+        model: Module | None,
         max_update_ratio: float,
         moves_lr: bool,
         log: RunLog,
     ) -> None:
         self.optimizer, self.meter = optimizer, meter
         self.on_divergence = on_divergence
+        self.snapshots, self.model = snapshots, model
         self.max_update_ratio = max_update_ratio
         self.moves_lr = moves_lr
         self.log = log
         self.state = GuardState()
         self.snapshot: Snapshot | None = None
+        self._times: Counter[str] = Counter()  # of each kind of intervention
 
     @property
     def keeps_snapshots(self) -> bool:
         return self.on_divergence == ROLLBACK
 
-    def intervene(self, step: int, message: str, level: int = logging.WARNING) -> None:
-        """Put on record what is done."""
-        done = (*self.state.interventions, Intervention(step, message))
-        self.state = self.state._replace(interventions=done)
-        LOGGER.log(level, "step %d: %s", step, message)
+    def intervene(self, step: int, message: str, *, kind: str, level: int = logging.WARNING) -> None:
+        """Put on record what is done; of many interventions of a `kind` some are printed."""
+        self.state = self.state._replace(interventions=(*self.state.interventions, Intervention(step, message)))
+        self._times[kind] += 1
+        times = self._times[kind]
+        if times <= PRINTED or times & (times - 1) == 0:
+            repeated = f" ({times} times by now)" if times > PRINTED else ""
+            LOGGER.log(level, "rlsched: step %d: %s%s", step, message, repeated)
         self.log.text("rlsched/intervention", message, step)
 
     # --- The probe --------------------------------------------------------------------------------------------------
@@ -137,7 +199,8 @@ class Guard:
         if went_too_far:
             state = state._replace(lr_offset=state.lr_offset + LOG_PROBE)
             offset -= LOG_PROBE
-            self.intervene(step, f"a step at {PROBE:.0e} of the lr went too far: undone, the lr scaled by as much")
+            message = f"a step at {PROBE:.0e} of the lr went too far: undone, the lr scaled by as much"
+            self.intervene(step, message, kind="probe")
         if went_too_far or not is_finite:
             if self.snapshot is not None and state.window_start != self.state.restored_at:
                 state = self.roll_back(state)
@@ -148,7 +211,8 @@ class Guard:
                 state = state._replace(lr_offset=state.lr_offset + min(0.0, offset - LR.low))
         if offset < 0:
             factor = max(math.exp(offset), PROBE)
-            self.intervene(step, f"a step at the full lr would go too far: scaled by {factor:.2g}", logging.INFO)
+            message = f"a step at the full lr would go too far: scaled by {factor:.2g}"
+            self.intervene(step, message, kind="start", level=logging.INFO)
         if not self.keeps_snapshots:
             self.snapshot = None
         return schedule.start(state, offset)
@@ -160,7 +224,8 @@ class Guard:
         room = math.log(self.max_update_ratio) - window.update_ratio
         if room < 0:
             ratio = math.exp(window.update_ratio)
-            self.intervene(state.step, f"updates have {ratio:.2g} times the norm of the weights: lr scaled down")
+            message = f"updates have {ratio:.2g} times the norm of the weights: lr scaled down"
+            self.intervene(state.step, message, kind="update")
         ceiling = self.state.ceiling
         highest = ceiling if math.isnan(room) else min(ceiling, before.control[LR.name] + room)
         return schedule.with_lr(state, min(state.control[LR.name], max(highest, LR.low)))
@@ -168,7 +233,7 @@ class Guard:
     # --- Divergence -------------------------------------------------------------------------------------------------
 
     def answer_divergence(
-        self, state: ScheduleState, before: ScheduleState, window: Moments, summary: Summary
+        self, run: Run, state: ScheduleState, before: ScheduleState, window: Moments, summary: Summary
     ) -> tuple[ScheduleState, ScheduleState, bool]:
         """Look at a window, and do what is to be done.
 
@@ -183,54 +248,89 @@ class Guard:
         Raises:
             DivergenceError: the run diverges, and that was asked for.
         """
-        reason = self.why_diverged(window, summary)
-        if reason is None:
+        alarm = self.alarm(run, before, window, summary)
+        if alarm is None:
             self._note_nonfinite(state, window)
+            if self.is_well():
+                self.state = self.state._replace(ceiling=min(LR.high, self.state.ceiling + EASE))
             return state, before, False
         if self.on_divergence == RAISE:
-            raise DivergenceError(f"at step {state.step}, {reason}")
+            raise DivergenceError(f"at step {state.step}, {alarm.reason}")
         answer, filled = [], before
-        if self.on_divergence == ROLLBACK and self.snapshot is not None:
+        if self.keeps_snapshots and self.snapshot is not None:
             state, filled = self.roll_back(state), self.snapshot.schedule
             answer.append("rolled back")
         if self.on_divergence is not None and self.moves_lr:
-            state = self._cut(state, before.control[LR.name])
-            answer.append("lr cut to a tenth")
+            state = self._cut(state, before, alarm)
+            answer.append("lr back to that of the base schedule" if alarm.is_idle else "lr cut to a tenth")
         nothing = "nothing is done" + (", as lr is not among the controls" if self.on_divergence else " about it")
-        self.intervene(state.step, f"{reason}: {' and '.join(answer) or nothing}")
+        self.intervene(state.step, f"{alarm.reason}: {' and '.join(answer) or nothing}", kind="divergence")
         return state, filled, True
 
-    def why_diverged(self, window: Moments, summary: Summary) -> str | None:
-        """A reason to say that the run diverges, or None.
+    def alarm(self, run: Run, before: ScheduleState, window: Moments, summary: Summary) -> Alarm | None:
+        """Whether the run diverges, or idles.
 
-        What comes after a divergence is judged anew: it has to get worse by as much to be told again.
+        What comes after it is judged anew: it has to get worse by as much to be told again.
         """
         finite = [math.isfinite(norm) for norm in window.grad_norm]
         last = next((i for i, ok in enumerate(reversed(finite)) if ok), None)
         nonfinite = self.state.nonfinite + len(finite) if last is None else last
         if nonfinite >= NONFINITE_STEPS:
             self.state = self.state._replace(nonfinite=0)
-            return f"loss or gradient were not finite in the last {nonfinite} steps"
-        now, first, average, lowest = summary.loss, self.state.first, self.state.average, self.state.lowest
-        if math.isnan(now):  # a loss that has no logarithm does not count
-            self.state = self.state._replace(nonfinite=nonfinite)
+            return Alarm(f"loss or gradient were not finite in the last {nonfinite} steps")
+        self.state = self.state._replace(nonfinite=nonfinite)
+        if math.isnan(summary.loss):  # a loss that has no logarithm does not count
             return None
-        if math.isnan(first):
-            first = average = lowest = now
-        average += FAST * (now - average)
-        lowest = best = min(lowest, average)
-        has_risen = average > best + RISE and math.exp(average) > (math.exp(first) + math.exp(best)) / 2
-        if has_risen:
-            average = lowest = max(now, average)
-        self.state = self.state._replace(nonfinite=nonfinite, first=first, average=average, lowest=lowest)
-        return f"the loss has risen from {math.exp(best):.3g} to {math.exp(average):.3g}" if has_risen else None
+        if self.state.on_trial:
+            self._try(window, summary)
+        if math.isnan(self.state.first):
+            self._judge_anew(summary.loss)
+        return self._alarm_of_loss(run, before, summary.loss)
 
-    def _cut(self, state: ScheduleState, lr: float) -> ScheduleState:
-        """The learning rate cut to a tenth, after a divergence at the lr control's state `lr`."""
-        ceiling = max(LR.low, min(self.state.ceiling, lr - BACK_OFF))
+    def _alarm_of_loss(self, run: Run, before: ScheduleState, now: float) -> Alarm | None:
+        was = self.state
+        average = was.average + FAST * (now - was.average)
+        surprise = abs(now - was.average)
+        noise = was.noise + NOISE_WEIGHT * (min(surprise, NOISE * was.noise) - was.noise) if was.noise else surprise
+        lowest = min(was.lowest, average)
+        self.state = state = was._replace(average=average, lowest=lowest, noise=noise)
+        factor = before.control[LR.name] + before.lr_offset
+        gained = state.first - average > max(NOISE * noise, 1e-3)
+        is_idle = factor > FAR_ABOVE and not gained
+        lost, idle = (state.lost + 1) * state.has_lost_half, (state.idle + 1) * is_idle
+        self.state = state._replace(lost=lost, idle=idle)
+        patience = max(NONFINITE_STEPS, PATIENCE * run.total_steps / run.interval)
+        middle = (math.exp(state.first) + math.exp(lowest)) / 2
+        if (average > lowest + RISE and math.exp(average) > middle) or lost > patience:
+            self._judge_anew(max(now, average))
+            return Alarm(f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}")
+        if idle > patience:
+            self._judge_anew(average)
+            times = f"{math.exp(factor):.2g} times that of the base schedule"
+            return Alarm(f"the loss is where it began, at an lr of {times}", is_idle=True)
+        return None
+
+    def _judge_anew(self, loss: float) -> None:
+        """Compare what comes with this log loss."""
+        self.state = self.state._replace(first=loss, average=loss, lowest=loss, lost=0, idle=0)
+
+    def _try(self, window: Moments, summary: Summary) -> None:
+        """See whether weights that were brought back are as good as they were: if not, the data are others."""
+        self.state = self.state._replace(on_trial=False)
+        there = next(x for x in window.loss if x > 0)
+        level = self.state._replace(average=min(math.log(there), summary.loss))
+        if level.has_lost_half:
+            self._judge_anew(summary.loss)
+            self.snapshot = None
+
+    def _cut(self, state: ScheduleState, before: ScheduleState, alarm: Alarm) -> ScheduleState:
+        """The state with the learning rate that a run goes on with, and never again at nearly the one `before`."""
+        lr = before.control[LR.name]
+        wanted = -before.lr_offset if alarm.is_idle else lr - LR_CUT
+        reached = max(LR.low, wanted)
+        ceiling = max(LR.low, min(self.state.ceiling, wanted if alarm.is_idle else lr - BACK_OFF))
         self.state = self.state._replace(ceiling=ceiling)
-        reached = max(LR.low, lr - LR_CUT)
-        rest = lr - LR_CUT - reached  # beyond the control's reach
+        rest = wanted - reached  # beyond the control's reach
         return schedule.with_lr(state, reached)._replace(lr_offset=state.lr_offset + rest)
 
     def _note_nonfinite(self, state: ScheduleState, window: Moments) -> None:
@@ -238,40 +338,56 @@ class Guard:
         number -= state.window_start == self.state.restored_at
         if number > 0:
             steps = len(window.grad_norm)
-            self.intervene(state.step, f"{number} of {steps} steps without a finite loss and gradient: left out")
+            message = f"{number} of {steps} steps without a finite loss and gradient: left out"
+            self.intervene(state.step, message, kind="not finite")
 
     # --- Snapshots --------------------------------------------------------------------------------------------------
 
-    def is_well(self, loss: float) -> bool:
-        """Whether a run that does not diverge is nearly as good as ever, its loss at the present weights too."""
-        if self.state.nonfinite or not math.isfinite(loss):
-            return False
-        average = self.state.average
-        return math.isnan(self.state.first) or (
-            average < self.state.lowest + RISE / 4 and loss < math.exp(average + RISE)
-        )
+    def is_well(self) -> bool:
+        """Whether a run that does not diverge is as good as it ever was, but for the noise."""
+        state = self.state
+        unknown = math.isnan(state.first)
+        bad = state.nonfinite or state.idle or state.on_trial
+        return not bad and (unknown or state.average <= state.lowest + NOISE * state.noise)
 
     def consider_snapshot(self, run: Run, state: ScheduleState, loss: Number | None) -> None:
         """Take a snapshot at a decision if it is due, and the run well; `loss` is at the weights as they are."""
         if self.keeps_snapshots:
             is_due = self.snapshot is None or (state.step // run.interval) % SNAPSHOT_INTERVAL == 0
-            if is_due and self.is_well(0.0 if loss is None else float(loss)):
+            if is_due and self.is_well() and self._is_no_worse(0.0 if loss is None else float(loss)):
                 self.take_snapshot(state)
 
+    def _is_no_worse(self, loss: float) -> bool:
+        return math.isfinite(loss) and (
+            math.isnan(self.state.first) or loss <= 0 or math.log(loss) < self.state.average + RISE
+        )
+
     def take_snapshot(self, state: ScheduleState) -> None:
-        self.snapshot = Snapshot.of(self.optimizer, state, self.state, self.meter.average_norm)
+        kept = self.snapshot.optimizer_state if self.snapshot is not None and self.snapshots == WEIGHTS else None
+        options: dict[str, Any] = {"model": self.model, "kind": self.snapshots, "optimizer_state": kept}
+        self.snapshot = Snapshot.of(self.optimizer, state, self.state, self.meter.average_norm, **options)
 
     def roll_back(self, state: ScheduleState) -> ScheduleState:
         """Weights and optimizer as they were in the snapshot, and the state that goes with them."""
         assert self.snapshot is not None
         self.snapshot.restore(self.optimizer)
         self.meter.average_norm = self.snapshot.average_norm
-        now = self.state
-        self.state = self.snapshot.guard._replace(
-            ceiling=now.ceiling, interventions=now.interventions, restored_at=state.step
+        now, then = self.state, self.snapshot
+        self.state = then.guard._replace(
+            ceiling=now.ceiling, interventions=now.interventions, restored_at=state.step, on_trial=True
         )
-        then = self.snapshot.schedule
-        return state._replace(history=then.history, memory=then.memory)
+        return state._replace(history=then.schedule.history, memory=then.schedule.memory)
+
+
+def _copied(value: Any, device: str | None) -> Any:
+    """A copy of a tensor, or of what an optimizer keeps of a parameter; of tensors on another device if one is named."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True) if device else value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(entry, device) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_copied(entry, device) for entry in value]
+    return copy.deepcopy(value)
 
 
 def _restore(state: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -281,4 +397,4 @@ def _restore(state: dict[str, Any], saved: dict[str, Any]) -> None:
         elif isinstance(state[key], Tensor) and isinstance(saved[key], Tensor):
             state[key].copy_(saved[key])
         else:
-            state[key] = copy.deepcopy(saved[key])
+            state[key] = _copied(saved[key], None)

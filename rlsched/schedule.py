@@ -16,7 +16,7 @@ environment drives them for N networks, the controller for one. In the order of 
 
 from __future__ import annotations
 
-import math
+import math, os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from rlsched import control, moments, signals
 from rlsched.base_schedule import BaseSchedule
 from rlsched.control import CONTROLS, LR
 from rlsched.moments import Moments
-from rlsched.number import Number, clamp, isnan, log, mean, where
+from rlsched.number import Number, clamp, isnan, log, mean, sqrt, where
 from rlsched.signals import History, Run, Summary
 
 
@@ -37,6 +37,7 @@ class ScheduleState(NamedTuple):
     control: dict[str, Number]  # state of each control
     base: dict[str, Number]  # the states that mean what the user gave: the base schedule
     lr_offset: Number  # added to the lr control's state, where that does not reach low enough
+    ceiling: Number  # of the lr control's state: what the probe, or the loss since then, has shown to be safe
     probing: Number  # whether the lr is still that of the probe
     history: History  # see `signals.TRACES`
     window_start: Number  # inner steps done when the window began
@@ -58,6 +59,7 @@ def begin(run: Run, base: Mapping[str, Number], *, probing: bool, memory: Any = 
         control=dict(origin),
         base=origin,
         lr_offset=0.0 * zero,
+        ceiling=LR.high + zero,
         probing=zero + probing,
         history=signals.start(1.0 + zero),
         window_start=zero,
@@ -93,9 +95,19 @@ def values(
 
 
 def observe(run: Run, state: ScheduleState, window: Summary, names: Sequence[str]) -> tuple[Tensor, ScheduleState]:
-    """What the policy sees at the end of a window, (*batch, len(names)), and the state that remembers it."""
+    """What the policy sees at the end of a window, (*batch, len(names)), and the state that remembers it.
+
+    A window whose loss was below the running average, by more than its standard error, has earned a learning rate that
+    is one step above its own; one whose loss was above it by as much has lost its own. Without a loss, updates that
+    were no larger than a probe allows speak for it.
+    """
+    lr, expected = state.control[LR.name], state.history["slow_loss"]
+    error = window.loss_std / sqrt(run.interval)
+    moderate = isnan(window.loss) & (window.update_ratio < math.log(MAX_UPDATE))
+    earned = where((window.loss < expected - error) | moderate, lr + LR.step, -math.inf)
+    forfeited = where(window.loss > expected + BAD * error, lr - LR.step, math.inf)
     observation, history = signals.observe(names, window, run, state.history, state.step, state.control)
-    return observation, state._replace(history=history)
+    return observation, state._replace(history=history, ceiling=clamp(clamp(state.ceiling, low=earned), high=forfeited))
 
 
 def move(run: Run, state: ScheduleState, actions: Mapping[str, Number], memory: Any = None) -> ScheduleState:
@@ -104,6 +116,8 @@ def move(run: Run, state: ScheduleState, actions: Mapping[str, Number], memory: 
     states = dict(state.control)
     for name, action in actions.items():
         states[name] = control.moved_by(CONTROLS[name], states[name], action, progress, state.base[name])
+    if LR.name in actions:
+        states[LR.name] = clamp(clamp(states[LR.name], -run.reach, run.reach), high=state.ceiling)
     return state._replace(control=states, memory=memory)
 
 
@@ -132,6 +146,7 @@ def with_lr(state: ScheduleState, lr: Number) -> ScheduleState:
 # or a step with all of its momentum to move the weights by more than MAX_UPDATE of their norm, the run starts from
 # the learning rate that stays within both limits. The usual default learning rates do, or nearly.
 
+BAD = float(os.environ.get('BAD','2'))
 LOG_PROBE = -7.0
 PROBE = math.exp(LOG_PROBE)  # factor on the base learning rate in the probe
 MAX_DECREASE = 0.3  # of the loss, as predicted to first order
@@ -169,5 +184,6 @@ def safe_offset(predicted_decrease: Number, update_ratio: Number, growth: Number
 
 
 def start(state: ScheduleState, offset: Number) -> ScheduleState:
-    """The state after the probe: the lr control at a `safe_offset`, as far down as it reaches."""
-    return with_lr(state, clamp(offset, LR.low, 0.0))._replace(probing=0 * state.probing)
+    """The state after the probe: the lr control at a `safe_offset`, as far down as it reaches, and not above it."""
+    allowed = clamp(offset, LR.low, LR.high)
+    return with_lr(state, clamp(allowed, high=0.0))._replace(ceiling=allowed, probing=0 * state.probing)

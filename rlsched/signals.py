@@ -33,6 +33,7 @@ class Run(NamedTuple):
     interval: Number  # inner steps in a window
     adaptive: Number  # +1 for optimizers that divide by a second moment (Adam, RMSprop), −1 for the others (SGD)
     sums_gradients: Number  # 1 where momentum is a sum of gradients (SGD, RMSprop), 0 where it is their average
+    reach: Number = math.inf  # e-folds: as far as the policy may move the learning rate from the base schedule
 
 
 class Summary(NamedTuple):

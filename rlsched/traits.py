@@ -9,6 +9,9 @@ from torch.optim import Optimizer
 ADAPTIVE = {"RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"}  # beside all optimizers with `betas`
 # Optimizers whose `momentum` averages gradients, or weights; torch's others sum gradients.
 AVERAGING = {"Muon", "SGDScheduleFree", "SGDScheduleFreeReference"}
+# Optimizers that find their own scale: what the first steps do tells nothing of those to come.
+OWN_SCALE = {"Adadelta", "Rprop", "Prodigy", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"}
+OWN_SCALE_TRUST = 2.0  # the factor by which a policy may move their learning rate, which it was not trained to do
 
 
 class Traits(NamedTuple):
@@ -16,10 +19,11 @@ class Traits(NamedTuple):
 
     adaptive: bool  # divides updates by a second moment of the gradients
     sums_gradients: bool  # its momentum is a sum of gradients, and not their average
+    own_scale: bool  # its learning rate is a factor on a scale that it finds by itself
 
 
 def traits_of(optimizer: Optimizer) -> Traits:
     """The traits of an optimizer, by its groups and by the names of its class and of those that it derives from."""
     names = {kind.__name__ for kind in type(optimizer).__mro__}
     has_betas = "betas" in optimizer.param_groups[0]
-    return Traits(has_betas or bool(names & ADAPTIVE), not has_betas and not names & AVERAGING)
+    return Traits(has_betas or bool(names & ADAPTIVE), not has_betas and not names & AVERAGING, bool(names & OWN_SCALE))
