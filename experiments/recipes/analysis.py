@@ -15,6 +15,7 @@ from rlsched.experiments.table import TABLE, markdown
 Rows = dict[Trial, Row]
 
 WRECKED, WORSE = 0.5, 0.1  # above the recipe's loss, as a part of it
+MOST = 10.0  # of which the exact figure is told
 NOT_FINITE = "not finite"
 CAPTION = """\
 Final loss, mean over {seeds} seeds, by the factor on the recipe's own base learning rate. Where runs are wrapped, the
@@ -88,7 +89,9 @@ def _cell(rows: Rows, trials: Sequence[Trial], way: str) -> str:
 
 
 def _percent(part: float) -> str:
-    return f"{part:+.0%}".replace("-", "−") if math.isfinite(part) else "–"
+    if not math.isfinite(part):
+        return "–"
+    return f"{part:+.0%}".replace("-", "−") if part < MOST else f"over {MOST:.0%}"
 
 
 def _run(rows: Rows, trial: Trial) -> str:

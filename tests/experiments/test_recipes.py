@@ -179,6 +179,12 @@ def test_verdict_from_closed_form():
     )
 
 
+def test_excess_is_told_as_far_as_it_says_something():
+    """A table would be as wide as the loss of a ruined run has digits."""
+    rows = rows_of(("b", BY_HAND, 1.0, 0, 2.0, 0), ("b", WRAPPED, 1.0, 0, 2e9, 0), ("b", WRAPPED, 0.1, 0, 1.9, 0))
+    assert "| 1.9 (−5%, 0) | 2e+09 (over 1000%, 0) |" in analysis.table(rows)
+
+
 def test_run_without_its_recipe_is_not_judged():
     """A table of an interrupted study would be a traceback."""
     rows = rows_of(("a", WRAPPED, 1.0, 0, 3.0, 1))
