@@ -1,0 +1,81 @@
+"""Data that every machine has: the text of Python's own reference, the digits of scikit-learn, and drawn sequences."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+
+import torch
+from torch import Tensor
+
+PART = 10  # every tenth paragraph or image validates
+NOISE = 0.5  # standard deviation, of the range of a pixel
+VALIDATION_COPIES = 5  # of each image, with other noise
+UNKNOWN = "<unk>"
+
+
+@cache
+def words(vocabulary: int = 1000) -> tuple[Tensor, Tensor]:
+    """Words and signs as numbers below `vocabulary`, rarer ones being `UNKNOWN`: to train on, and to validate."""
+    training, validation = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in _reference()]
+    known = [UNKNOWN, *(word for word, _ in Counter(training).most_common(vocabulary - 1))]
+    number = {word: i for i, word in enumerate(known)}
+    return _numbers([number.get(w, 0) for w in training]), _numbers([number.get(w, 0) for w in validation])
+
+
+@cache
+def characters() -> tuple[Tensor, Tensor, int]:
+    """Characters as numbers: to train on, and to validate; and how many there are."""
+    training, validation = _reference()
+    number = {character: i for i, character in enumerate(sorted({*training, *validation}))}
+    return _numbers([number[c] for c in training]), _numbers([number[c] for c in validation]), len(number)
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images (n, 1, 8, 8) in [0, 1] and their labels: to train on, and to validate."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images, labels = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16, torch.tensor(bunch.target)
+    validates = torch.arange(len(labels)) % PART == 0
+    return images[~validates], labels[~validates], images[validates], labels[validates]
+
+
+def noisy(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Images that cannot all be told apart, so that no loss comes near zero, where a tenth of it is nothing."""
+    return images + NOISE * torch.randn(images.shape, generator=generator)
+
+
+@cache
+def noisy_validation_digits() -> tuple[Tensor, Tensor]:
+    """Images (n, 1, 8, 8) and their labels."""
+    _, _, images, labels = digits()
+    copies = images.repeat(VALIDATION_COPIES, 1, 1, 1)
+    return noisy(copies, torch.Generator().manual_seed(0)), labels.repeat(VALIDATION_COPIES)
+
+
+def sequences(
+    number: int, length: int, symbols: int, wrong: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sequences (number, length) and the same sorted, where any symbol stands instead of a part `wrong` of them."""
+    inputs = torch.randint(symbols, (number, length), generator=generator)
+    others = torch.randint(symbols, (number, length), generator=generator)
+    is_wrong = torch.rand(number, length, generator=generator) < wrong
+    return inputs, torch.where(is_wrong, others, inputs.sort(-1).values)
+
+
+@cache
+def _reference() -> tuple[str, str]:
+    """The Python reference as its `help` shows it, each paragraph once: to train on, and to validate."""
+    from pydoc_data.topics import topics
+
+    paragraphs = list(dict.fromkeys("\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")))
+    validation = paragraphs[::PART]
+    del paragraphs[::PART]
+    return "\n\n".join(paragraphs), "\n\n".join(validation)
+
+
+def _numbers(values: list[int]) -> Tensor:
+    return torch.tensor(values)
