@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,10 @@ class Controller:
         if self.groups.adopt():
             self._hold()
         whole_loss, norm = self.meter.loss_and_norm(parameters, grads)
+        if self.meter.parts > 1 and "parts" not in self._warned:
+            self._warned.add("parts")
+            message = f"losses are quotients, of {self.meter.parts} backward passes: multiplied by {self.meter.parts}"
+            self.guard.intervene(self.step_count, message, kind="loss", level=logging.INFO)
         if schedule.is_decision_due(self.run, self.state):
             self._decide(whole_loss)
         state, restored_at = self.state, self.guard.state.restored_at
@@ -171,6 +176,12 @@ class Controller:
             self._warn(
                 "no loss",
                 "no loss was reported, so the schedule follows the gradients alone: pass step(loss=loss) or a closure",
+            )
+        if any(loss <= 0 for loss in window.loss):
+            self._warn(
+                "no logarithm",
+                "a loss is zero or negative, and has no logarithm: such a step counts as one without a loss; report a "
+                "loss that is bounded below by zero, such as loss - lowest_possible_loss",
             )
         if self.options.shadow:
             before = before._replace(control=self.groups.states_in_use(before, self._decay()))
@@ -286,6 +297,7 @@ class Controller:
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
+        self.meter.detach()
         for handle in self._handles:
             handle.remove()
         if self._handles and self._scales_by_itself:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from rlsched import distributed, schedule
 from rlsched.control import CONTROLS, LR, base_values, growth
 from rlsched.meter import on_host
-from rlsched.number import clamp
+from rlsched.number import Number, clamp
 from rlsched.schedule import ScheduleState
 from rlsched.signals import Run
 from rlsched.traits import traits_of
@@ -61,7 +61,14 @@ class ParameterGroups:
 
     def lr(self, base: float) -> float:
         """Learning rate of the first group, as decided, where that of its base schedule is `base`."""
-        return clamp(base * self.decided[0][LR.name], *self.lr_bounds)
+        return float(self._bounded(base * self.decided[0][LR.name]))
+
+    def _bounded(self, lr: Number) -> Number:
+        """The learning rate within its bounds; the lowest in place of one that is not finite."""
+        low, high = self.lr_bounds
+        if isinstance(lr, Tensor):
+            return torch.where(lr.isfinite(), lr, low).clamp(low, high)
+        return clamp(lr, low, high) if math.isfinite(lr) else low
 
     def lr_of_base_schedule(self, decay: float) -> float:
         """Learning rate of the first group without a policy."""
@@ -84,7 +91,7 @@ class ParameterGroups:
             self._lrs = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         for i, (group, values) in enumerate(zip(groups, self.decided, strict=True)):
             lr = self._lrs[i] if self.follow_scheduler else self.bases[i][LR.name] * decay
-            LR.write(group, clamp(lr * values[LR.name], *self.lr_bounds))
+            LR.write(group, self._bounded(lr * values[LR.name]))
             for name in controls:
                 if name != LR.name:
                     CONTROLS[name].write(group, values[name])

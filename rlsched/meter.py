@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,14 +25,19 @@ from rlsched.parameter_sample import (
 )
 from rlsched.schedule import ScheduleState
 
-LARGEST = torch.finfo(torch.float32).max  # number in a record
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+LARGEST = torch.finfo(torch.float32).max  # loss in a record
+LARGEST_NORM = 1e18  # a larger gradient has a square that is not finite in single precision
+MAX_RECORDS = 1024  # of a window; in a longer one, every k-th step is recorded, and all that are measured
 Buffers = Callable[[Sequence[Tensor]], list[Tensor | None]]  # the optimizer's momentum of each parameter
 
 
 class MeterState(NamedTuple):
     """What is measured so far."""
 
-    records: Tensor | None = None  # (interval, COLUMNS) float32, on the parameters' device; of the window's inner steps
+    records: Tensor | None = None  # (rows, COLUMNS) float32, on the parameters' device; of the window's inner steps
     average_norm: Number = math.nan  # running average of the gradient norm; 0-d on the parameters' device if that waits
     last_grad: Tensor | None = None  # of the sample, which the next gradient is compared with
     losses: tuple[Number, ...] = ()  # reported for the step to come, 0-d or floats
@@ -55,7 +62,9 @@ class Meter:
         self.records: Tensor | None = None
         self.average_norm: Number = math.nan
         self.loss_was_reported = False
+        self.parts = 1  # that the loss of the last step was divided into
         self._losses: list[Number] = []
+        self._backward = BackwardPasses()
         self._sample: ParameterSample | None = None
         self._last_grad: Tensor | None = None  # of a sample that is yet to be made
         self._record: Tensor | None = None  # of the step that is under way
@@ -66,6 +75,7 @@ class Meter:
     def learn_ranks(self, parameters: Sequence[Tensor]) -> None:
         """Find out which processes train together, and which of them holds what."""
         self._ranks, self._rank_weights = distributed.ranks(), distributed.rank_weights(parameters)
+        self._backward.watch(parameters)
 
     # --- A step -----------------------------------------------------------------------------------------------------
 
@@ -76,13 +86,9 @@ class Meter:
             TypeError: it is no number.
             ValueError: it is a tensor of several numbers.
         """
-        if not isinstance(loss, Tensor):
-            loss = float(loss)
-        elif loss.numel() != 1:
-            raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}")
-        else:
-            loss = loss.item() if on_host(loss) else loss.detach().reshape(())
-        self._losses.append(loss)
+        is_quotient = isinstance(loss, Tensor) and loss.grad_fn is not None and loss.grad_fn.name() == "DivBackward0"
+        self._backward.losses_are_quotients = is_quotient
+        self._losses.append(checked_loss("loss", loss))
 
     def local_grads(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The gradients that there are, of what this rank holds.
@@ -100,6 +106,7 @@ class Meter:
     def forget_losses(self) -> None:
         """Of a step that does not count."""
         self._losses = []
+        self._backward.parts()
 
     def loss_and_norm(self, parameters: Sequence[Tensor], grads: list[Tensor]) -> tuple[Number | None, Number]:
         """The loss of the whole batch, None if nobody reported one, and the gradient norm of the whole model.
@@ -108,13 +115,17 @@ class Meter:
         """
         device = grads[0].device
         if self.records is None:
-            self.records = torch.full((self.interval, COLUMNS), torch.nan, dtype=torch.float32, device=device)
+            rows = min(self.interval, MAX_RECORDS)
+            self.records = torch.full((rows, COLUMNS), torch.nan, dtype=torch.float32, device=device)
         losses, self._losses = self._losses, []
         self.loss_was_reported |= bool(losses)
+        self.parts = self._backward.parts()
         weights = self._rank_weights
         if weights is not None:
             weights = [weight for weight, p in zip(weights, parameters, strict=True) if p.grad is not None]
         loss, norm = _mean(losses, device), total_norm(grads, weights)
+        if loss is not None and self.parts > 1:
+            loss = loss * self.parts
         if self._ranks > 1:
             return distributed.whole_step(loss, norm, sharded=weights is not None, device=device)
         return loss, norm
@@ -147,18 +158,20 @@ class Meter:
         """
         column, length = state.step - state.window_start, state.window_end - state.window_start
         assert self.records is not None
-        self._record = record = self.records[column % self.interval]
+        row = row_of(column, length)
+        record = self.records[row % len(self.records)] if row is not None else self.records.new_empty(COLUMNS)
+        self._record = record
         cells: Any = record
         finite: Tensor | bool
         if isinstance(norm, Tensor):
-            finite = norm.isfinite() if loss is None else (loss + norm).isfinite()
+            finite = norm <= LARGEST_NORM if loss is None else (norm <= LARGEST_NORM) & torch.as_tensor(loss).isfinite()
             norm_seen: Number = torch.where(finite, norm, torch.nan)
         else:
             cells = record.numpy()
-            finite = abs(loss or 0.0) + norm <= LARGEST
+            finite = abs(loss or 0.0) <= LARGEST and norm <= LARGEST_NORM
             norm_seen, loss = (norm, loss) if finite else (math.nan, None)
         if not self.watches:
-            zero_unless(finite, grads)
+            leave_out_unless(finite, parameters)
         cells[GRAD_NORM] = norm_seen
         if loss is not None:
             cells[LOSS] = loss
@@ -204,7 +217,7 @@ class Meter:
         grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
         if grads and self._rank_weights is None:
             norm = total_norm(grads, None)
-            zero_unless(norm.isfinite() if isinstance(norm, Tensor) else math.isfinite(norm), grads)
+            leave_out_unless(norm.isfinite() if isinstance(norm, Tensor) else math.isfinite(norm), parameters)
 
     # --- A window ---------------------------------------------------------------------------------------------------
 
@@ -213,7 +226,9 @@ class Meter:
 
         The only place where the host waits for an accelerator.
         """
-        return moments_of(self._whole_records()[:steps])
+        last = row_of(steps - 1, steps)
+        assert last is not None
+        return moments_of(self._whole_records()[: last + 1])
 
     def clear(self) -> None:
         """Begin a window."""
@@ -249,8 +264,40 @@ class Meter:
         self.average_norm, self.loss_was_reported = state.average_norm, state.loss_was_reported
         self._losses = list(state.losses)
 
+    def detach(self) -> None:
+        """Leave the parameters as they were found."""
+        self._backward.detach()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sample": None, "_last_grad": self.last_grad}
+
+
+def row_of(column: int, length: int) -> int | None:
+    """Where the inner step `column` of a window of `length` is recorded; None if it is not."""
+    if length <= MAX_RECORDS:
+        return column
+    earlier, rows = length - moments.MEASURED_STEPS, MAX_RECORDS - moments.MEASURED_STEPS
+    every = -(-earlier // rows)
+    if column >= earlier:
+        return -(-earlier // every) + column - earlier
+    return None if column % every else column // every
+
+
+def checked_loss(name: str, loss: Any) -> Number:
+    """A loss as a float, or on an accelerator as a 0-d tensor.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is a tensor of several numbers.
+    """
+    if isinstance(loss, Tensor) and not loss.is_complex():
+        if loss.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(loss.shape)}")
+        return loss.item() if on_host(loss) else loss.detach().reshape(())
+    if isinstance(loss, Real) and not isinstance(loss, bool):
+        return float(loss)
+    what = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else f"{loss!r} of {type(loss).__name__}"
+    raise TypeError(f"{name} must be a real number, or a tensor of one, got {what}")
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -258,13 +305,56 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def zero_unless(finite: Tensor | bool, grads: Iterable[Tensor]) -> None:
-    """Zero the gradients of a step that is not finite; a 0-d tensor that tells so is not looked at."""
+def leave_out_unless(finite: Tensor | bool, parameters: Iterable[Tensor]) -> None:
+    """Take the gradients of a step away that is not finite, so that an optimizer leaves the parameters alone.
+
+    A 0-d tensor that tells so is not looked at, as the host would have to wait for it: the gradients are zeroed.
+    """
     if isinstance(finite, Tensor):
-        for grad in grads:
-            grad.masked_fill_(~finite, 0)
+        for p in parameters:
+            if p.grad is not None:
+                p.grad.masked_fill_(~finite, 0)
     elif not finite:
-        torch._foreach_zero_(list(grads))
+        for p in parameters:
+            p.grad = None
+
+
+class BackwardPasses:
+    """Counts the backward passes of a step, to tell a loss that was divided by their number before it was reported."""
+
+    def __init__(self) -> None:
+        self.losses_are_quotients = False
+        self._passes = 0
+        self._watched: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Count the gradients that arrive at the first parameter that gets any."""
+        first = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
+        if first is not self._watched:
+            self.detach()
+            this = weakref.ref(self)
+
+            def count(_: Tensor) -> None:
+                if (counter := this()) is not None:
+                    counter._passes += 1
+
+            self._watched = first
+            self._handle = None if first is None else first.register_post_accumulate_grad_hook(count)
+
+    def parts(self) -> int:
+        """The number of parts that the losses of a step were divided into; the next step begins."""
+        parts = self._passes if self.losses_are_quotients else 1
+        self._passes, self.losses_are_quotients = 0, False
+        return max(1, parts)
+
+    def detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._watched = self._handle = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watched": None, "_handle": None}
 
 
 def _mean(losses: list[Number], device: torch.device) -> Number | None:

@@ -80,7 +80,7 @@ class ScheduleOptions:
         for name, at_least in (("max_grad_norm", 0), ("trust", 1)):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value > at_least):
-                raise ValueError(f"{name} must be None or a number above {at_least}, got {value!r}")
+                raise ValueError(f"{name} must be a number above {at_least}, or None, got {value!r}")
         if not (_is_number(self.max_update_ratio) and self.max_update_ratio > 0):
             raise ValueError(f"max_update_ratio must be a positive number, got {self.max_update_ratio!r}")
         for name, allowed in (("on_divergence", ON_DIVERGENCE), ("snapshots", SNAPSHOTS)):

@@ -37,6 +37,7 @@ NOISE = 3.0  # a loss is above another by so many times the noise, or it is the 
 NOISE_WEIGHT = 0.1  # of a new window in the running average of the noise
 PATIENCE = 0.1  # of the windows of a run: for so long may a loss that was gained be lost, or nothing be gained
 FAR_ABOVE = math.log(2)  # the base schedule's learning rate, to gain nothing
+PROMISE = math.log(0.1)  # of the loss, which the gradients of a window have to promise, lest the steps are too small
 SNAPSHOT_INTERVAL = 5  # decisions between two snapshots
 MAX_PROBES = 20  # inner steps, until one of them is finite and small enough
 PRINTED = 3  # interventions of a kind are printed, and then each that doubles their number
@@ -138,8 +139,9 @@ class Guard:
 
     A run diverges if its last three steps or more were not finite; if the running average of its loss is three times
     the lowest that it was, and has lost half of all that was gained since the run began; or if it has lost that much
-    for a tenth of the run. It idles if for a tenth of the run nothing was gained at all, at learning rates of more than
-    twice those of the base schedule.
+    for a tenth of the run, or for a third of that if it is worse than untrained. It idles if for a tenth of the run
+    nothing was gained at all, at learning rates of more than twice those of the base schedule, by steps that ought to
+    have gained something to first order.
 
     Args:
         optimizer: whose weights and state snapshots are of.
@@ -158,11 +160,11 @@ class Guard:
         meter: Meter,
         *,
         on_divergence: str | None,
-        snapshots: str,
-        model: Module | None,
         max_update_ratio: float,
         moves_lr: bool,
         log: RunLog,
+        snapshots: str = FULL,
+        model: Module | None = None,
     ) -> None:
         self.optimizer, self.meter = optimizer, meter
         self.on_divergence = on_divergence
@@ -285,24 +287,29 @@ class Guard:
             self._try(window, summary)
         if math.isnan(self.state.first):
             self._judge_anew(summary.loss)
-        return self._alarm_of_loss(run, before, summary.loss)
+        return self._alarm_of_loss(run, before, summary)
 
-    def _alarm_of_loss(self, run: Run, before: ScheduleState, now: float) -> Alarm | None:
-        was = self.state
-        average = was.average + FAST * (now - was.average)
-        surprise = abs(now - was.average)
-        noise = was.noise + NOISE_WEIGHT * (min(surprise, NOISE * was.noise) - was.noise) if was.noise else surprise
+    def _alarm_of_loss(self, run: Run, before: ScheduleState, window: Summary) -> Alarm | None:
+        was, patience = self.state, max(NONFINITE_STEPS, PATIENCE * run.total_steps / run.interval)
+        average = was.average + FAST * (window.loss - was.average)
+        surprise = abs(window.loss - was.average)
+        if before.step > patience * run.interval:  # what comes at once is a change, and no noise
+            surprise = min(surprise, NOISE * was.noise)
+        noise = was.noise + NOISE_WEIGHT * (surprise - was.noise) if was.noise else surprise
+        noise = max(noise, window.loss_std / math.sqrt(run.interval))
         lowest = min(was.lowest, average)
         self.state = state = was._replace(average=average, lowest=lowest, noise=noise)
+
+        lost = (state.lost + 1) * state.has_lost_half
+        lost_is_enough = lost > (patience / 3 if average > state.first + noise else patience)
         factor = before.control[LR.name] + before.lr_offset
-        gained = state.first - average > max(NOISE * noise, 1e-3)
-        is_idle = factor > FAR_ABOVE and not gained
-        lost, idle = (state.lost + 1) * state.has_lost_half, (state.idle + 1) * is_idle
+        promised = window.predicted_decrease + math.log(run.interval)  # of the loss, in the window, as a logarithm
+        idles = factor > FAR_ABOVE and promised > PROMISE and state.first - average < max(NOISE * noise, 1e-3)
+        idle = (state.idle + 1) * idles
         self.state = state._replace(lost=lost, idle=idle)
-        patience = max(NONFINITE_STEPS, PATIENCE * run.total_steps / run.interval)
         middle = (math.exp(state.first) + math.exp(lowest)) / 2
-        if (average > lowest + RISE and math.exp(average) > middle) or lost > patience:
-            self._judge_anew(max(now, average))
+        if (average > lowest + RISE and math.exp(average) > middle) or lost_is_enough:
+            self._judge_anew(max(window.loss, average))
             return Alarm(f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}")
         if idle > patience:
             self._judge_anew(average)
@@ -380,7 +387,7 @@ class Guard:
 
 
 def _copied(value: Any, device: str | None) -> Any:
-    """A copy of a tensor, or of what an optimizer keeps of a parameter; of tensors on another device if one is named."""
+    """A copy of a tensor, or of what an optimizer keeps of a parameter; on another device if one is named."""
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True) if device else value.detach().clone()
     if isinstance(value, dict):

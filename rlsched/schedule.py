@@ -16,7 +16,7 @@ environment drives them for N networks, the controller for one. In the order of 
 
 from __future__ import annotations
 
-import math, os
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -98,16 +98,13 @@ def observe(run: Run, state: ScheduleState, window: Summary, names: Sequence[str
     """What the policy sees at the end of a window, (*batch, len(names)), and the state that remembers it.
 
     A window whose loss was below the running average, by more than its standard error, has earned a learning rate that
-    is one step above its own; one whose loss was above it by as much has lost its own. Without a loss, updates that
-    were no larger than a probe allows speak for it.
+    is one step above its own. Without a loss, updates that were no larger than a probe allows speak for it.
     """
-    lr, expected = state.control[LR.name], state.history["slow_loss"]
-    error = window.loss_std / sqrt(run.interval)
+    expected = state.history["slow_loss"] - window.loss_std / sqrt(run.interval)
     moderate = isnan(window.loss) & (window.update_ratio < math.log(MAX_UPDATE))
-    earned = where((window.loss < expected - error) | moderate, lr + LR.step, -math.inf)
-    forfeited = where(window.loss > expected + BAD * error, lr - LR.step, math.inf)
+    earned = where((window.loss < expected) | moderate, state.control[LR.name] + LR.step, -math.inf)
     observation, history = signals.observe(names, window, run, state.history, state.step, state.control)
-    return observation, state._replace(history=history, ceiling=clamp(clamp(state.ceiling, low=earned), high=forfeited))
+    return observation, state._replace(history=history, ceiling=clamp(state.ceiling, low=earned))
 
 
 def move(run: Run, state: ScheduleState, actions: Mapping[str, Number], memory: Any = None) -> ScheduleState:
@@ -146,7 +143,6 @@ def with_lr(state: ScheduleState, lr: Number) -> ScheduleState:
 # or a step with all of its momentum to move the weights by more than MAX_UPDATE of their norm, the run starts from
 # the learning rate that stays within both limits. The usual default learning rates do, or nearly.
 
-BAD = float(os.environ.get('BAD','2'))
 LOG_PROBE = -7.0
 PROBE = math.exp(LOG_PROBE)  # factor on the base learning rate in the probe
 MAX_DECREASE = 0.3  # of the loss, as predicted to first order

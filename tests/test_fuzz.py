@@ -94,12 +94,9 @@ def test_weights_stay_finite_and_learning_rates_in_bounds(
     assert optimizer.controller.step_count == len(steps)
 
 
-@pytest.mark.parametrize("loss", ["nan", torch.zeros(2), [1.0]])
+@pytest.mark.parametrize("loss", ["nan", torch.zeros(2), [1.0], True, 1j, torch.zeros((), dtype=torch.complex64)])
 def test_loss_that_is_no_number_is_refused(loss):
-    """The documented exceptions are the only ones."""
+    """The documented exceptions are the only ones, and they name the argument."""
     optimizer = ScheduledOptimizer(torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1), total_steps=3)
-    if loss == "nan":
-        optimizer.observe(loss)  # float("nan") is a number, if not much of one
-        return
-    with pytest.raises((TypeError, ValueError), match=r"loss|float"):
+    with pytest.raises((TypeError, ValueError), match="loss must be"):
         optimizer.observe(loss)

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,18 +11,40 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsched import ScheduledOptimizer, hyperparameters, meter
+from rlsched.moments import MEASURED_STEPS
 
 
 @pytest.mark.parametrize("known", [bool, torch.tensor], ids=["on the CPU", "on an accelerator"])
-def test_gradients_are_zeroed_only_when_something_is_not_finite(known):
-    """A NaN times zero is NaN still; and a finite step must not be touched."""
+def test_gradients_are_left_out_only_when_something_is_not_finite(known):
+    """A NaN times zero is NaN still; and a finite step must not be touched.
+
+    A gradient of zeros is one: Adam decays weights and divides 0 by 0 in half precision. So it is taken away, unless to
+    know that would be to wait for an accelerator.
+    """
     values = [torch.tensor([1.0, -2.0]), torch.tensor([[math.inf, math.nan]])]
-    grads = [v.clone() for v in values]
-    meter.zero_unless(known(True), grads)
-    for grad, value in zip(grads, values, strict=True):
-        torch.testing.assert_close(grad, value, equal_nan=True)
-    meter.zero_unless(known(False), grads)
-    assert all((grad == 0).all() for grad in grads)
+    parameters = [torch.zeros_like(v) for v in values]
+    for p, v in zip(parameters, values, strict=True):
+        p.grad = v.clone()
+    meter.leave_out_unless(known(True), parameters)
+    for p, value in zip(parameters, values, strict=True):
+        torch.testing.assert_close(p.grad, value, equal_nan=True)
+    meter.leave_out_unless(known(False), parameters)
+    assert all(p.grad is None if known is bool else (p.grad == 0).all() for p in parameters)
+
+
+@pytest.mark.parametrize("length", [1, 9, 1023, 1024, 1025, 5000, 10**6])
+def test_record_of_a_window_is_bounded(length):
+    """A window of a run of 10⁹ steps would take a gigabyte, in memory and in every checkpoint."""
+    places = {row: column for column in range(length) if (row := meter.row_of(column, length)) is not None}
+    assert sorted(places) == list(range(len(places))) and len(places) <= meter.MAX_RECORDS
+    last = min(length, MEASURED_STEPS)
+    assert list(places.values())[-last:] == list(range(length - last, length)), "steps that are measured"
+    if length <= meter.MAX_RECORDS:
+        assert list(places) == list(places.values())
+    else:
+        assert len(places) > meter.MAX_RECORDS / 3
+        gaps = {b - a for a, b in pairwise(list(places.values())[:-MEASURED_STEPS])}
+        assert len(gaps) == 1, "spread evenly"
 
 
 ON_META = {
@@ -118,9 +141,6 @@ def test_accelerators_do_what_the_cpu_does(make, monkeypatch):
             optimizer.zero_grad()
             loss = loss_at(model, step)
             loss.backward()
-            bad = {9: math.nan, 19: math.inf}.get(step)
-            if bad is not None:
-                model[0].weight.grad[0, 0] = bad
             optimizer.observe(loss)
             optimizer.step(loss=loss / 2)
             lrs.append(float(optimizer.param_groups[0]["lr"]))
@@ -130,3 +150,48 @@ def test_accelerators_do_what_the_cpu_does(make, monkeypatch):
     for one, other in zip(run(True), run(False), strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+# --- Losses as people report them -----------------------------------------------------------------------------------
+
+
+def reported(parts, report, divide=True):
+    """The loss of each step that is recorded, where gradients are accumulated over `parts` mini-batches."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=100, policy=lively_policy())
+    controller, seen = optimizer.controller, []
+    for step in range(4):
+        optimizer.zero_grad()
+        for part in range(parts):
+            whole = loss_at(model, parts * step + part)
+            loss = whole / parts
+            shown = loss if divide else whole
+            if report == "before":
+                optimizer.observe(shown)
+            loss.backward()
+            if report == "after":
+                optimizer.observe(shown)
+        optimizer.step(loss=shown if report == "last" else None)
+        seen.append(float(controller.meter.records[0, meter.LOSS]))
+    return seen, controller.interventions
+
+
+@pytest.mark.parametrize("report", ["before", "after", "last"])
+def test_loss_that_is_divided_for_accumulation_is_recognised(report):
+    """Taken for the loss itself it would make a step look as many times as bold as there are parts."""
+    whole, silent = reported(4, report, divide=False)
+    divided, said = reported(4, report)
+    assert divided == pytest.approx(whole, rel=1e-5)
+    assert not silent and [message for _, message in said] == [
+        "losses are quotients, of 4 backward passes: multiplied by 4"
+    ]
+
+
+def test_mean_that_is_a_quotient_is_left_as_it_is():
+    """A sum of losses over the number of points is a quotient as well."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=100, policy=lively_policy())
+    loss = loss_at(model, 0) / 8
+    loss.backward()
+    optimizer.step(loss=loss)
+    assert float(optimizer.controller.meter.records[0, meter.LOSS]) == pytest.approx(loss.item())

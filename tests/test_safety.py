@@ -14,7 +14,7 @@ from rlsched.control import CONTROL_NAMES, LR, OUTLIER
 from rlsched.meter import Meter
 from rlsched.moments import Moments
 from rlsched.policy import Domain
-from rlsched.safety import Guard, GuardState, Snapshot
+from rlsched.safety import EASE, Guard, GuardState, Snapshot
 from rlsched.schedule import PROBE
 from rlsched.signals import OBSERVATION_NAMES, Run
 from rlsched.tensorboard import RunLog
@@ -89,9 +89,11 @@ def window_of(losses):
 
 def verdicts(losses, interval=4):
     """What a guard says of each window of a run with such losses."""
-    guard, _ = guard_of(network())
+    guard, state = guard_of(network())
     windows = [window_of(losses[i : i + interval]) for i in range(0, len(losses), interval)]
-    return [guard.why_diverged(window, signals.summarise(window)) for window in windows]
+    run = RUN._replace(total_steps=len(losses), interval=interval)
+    alarms = [guard.alarm(run, state, window, signals.summarise(window)) for window in windows]
+    return [alarm and alarm.reason for alarm in alarms]
 
 
 def test_noise_is_no_divergence():
@@ -130,7 +132,7 @@ def test_cut_is_a_tenth_wherever_the_control_stands():
         guard, state = guard_of(network())
         before = schedule.with_lr(state, lr)._replace(lr_offset=-0.5)
         window = window_of([math.nan] * WINDOW)
-        after, _, diverges = guard.answer_divergence(before, before, window, signals.summarise(window))
+        after, _, diverges = guard.answer_divergence(RUN, before, before, window, signals.summarise(window))
         assert diverges
         assert after.control["lr"] >= LR.low
         assert math.exp(after.control["lr"] + after.lr_offset - lr + 0.5) == pytest.approx(0.1)
@@ -174,7 +176,8 @@ def test_learning_rate_that_diverged_is_out_of_reach():
     factors = [lr / (1 - n / STEPS) for n, lr in enumerate(rates)]
     assert len(messages(optimizer)) == 1
     assert factors[BAD + WINDOW] == pytest.approx(ceiling / 5)
-    assert max(factors[BAD + WINDOW :]) == pytest.approx(ceiling)
+    eased = math.exp(EASE * (DECISIONS - BAD // WINDOW - 2))  # by each of the windows since, at most
+    assert ceiling <= max(factors[BAD + WINDOW :]) <= ceiling * eased * 1.001
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -438,7 +441,7 @@ def test_interventions_are_logged_and_saved(caplog):
         _, optimizer, _ = diverging("cut")
     ((step, message),) = optimizer.controller.interventions
     assert step == BAD + WINDOW
-    assert [record.getMessage() for record in caplog.records] == [f"step {step}: {message}"]
+    assert [record.getMessage() for record in caplog.records] == [f"rlsched: step {step}: {message}"]
     other = scheduled(network())
     other.load_state_dict(optimizer.state_dict())
     assert other.controller.interventions == optimizer.controller.interventions
@@ -466,3 +469,210 @@ def test_options_out_of_range_are_named(option):
     with pytest.raises(ValueError, match=name) as caught:
         scheduled(network(), **option)
     assert repr(value) in str(caught.value)
+
+
+# --- A wreck that comes slowly --------------------------------------------------------------------------------------
+
+
+def at(factor, state):
+    """A run at so many times the learning rate of its base schedule."""
+    return schedule.with_lr(state, math.log(factor))
+
+
+def alarms(levels, factor=1.0, noise=0.01):
+    """The decisions, by number, at which a guard gives alarm in a run of a hundred windows with these mean losses."""
+    guard, state = guard_of(network())
+    run = RUN._replace(total_steps=100 * WINDOW)
+    generator = torch.Generator().manual_seed(0)
+    heard = {}
+    for k, level in enumerate(levels):
+        window = window_of((level * (noise * torch.randn(WINDOW, generator=generator)).exp()).tolist())
+        alarm = guard.alarm(run, at(factor, state), window, signals.summarise(window))
+        if alarm is not None:
+            heard[k] = alarm
+    return heard
+
+
+def test_loss_that_stays_far_above_its_best_is_a_wreck():
+    """A language model thrown back to the frequencies of its letters would stay there: no loss of its triples."""
+    falling = [4.0 - 0.05 * k for k in range(30)]  # to 2.55
+    ((k, alarm),) = alarms([*falling, *[3.5] * 40]).items()
+    assert 38 < k < 44 and "risen" in alarm.reason and not alarm.is_idle
+    assert not alarms([*falling, *[3.5] * 6, *[2.6] * 34]), "it came back by itself"
+    assert not alarms([*falling, *[3.0] * 40]), "less than half of the gain is lost"
+
+
+def test_loss_above_that_of_the_untrained_network_is_a_wreck_sooner():
+    """Nothing that a training does there is worth waiting for."""
+    ((k, _),) = alarms([2.0, *[2.0 - 0.01 * k for k in range(9)], *[3.0] * 20]).items()
+    assert 10 < k < 16
+
+
+def test_lr_far_above_the_base_schedule_has_to_bring_something():
+    """An LSTM under momentum-free SGD was held at its first loss, at five times its learning rate, to the end."""
+    heard = alarms([4.0] * 40, factor=5.0)
+    assert 10 <= min(heard) <= 12 and all(alarm.is_idle for alarm in heard.values())
+    assert not alarms([4.0] * 40, factor=1.5), "that is the user's own learning rate, or nearly"
+    assert not alarms([4.0 - 0.02 * k for k in range(40)], factor=5.0)
+
+
+def test_idle_run_goes_back_to_the_base_schedule():
+    """At the learning rate that brought nothing it would bring nothing."""
+    guard, state = guard_of(network(), "cut")
+    run = RUN._replace(total_steps=100 * WINDOW)
+    state, window = at(5.0, state)._replace(lr_offset=-0.5), window_of([4.0] * WINDOW)
+    for _ in range(12):
+        after, _, diverges = guard.answer_divergence(run, state, state, window, signals.summarise(window))
+        if diverges:
+            break
+    assert diverges and after.control["lr"] + after.lr_offset == pytest.approx(0)
+    assert guard.state.ceiling == pytest.approx(0.5), "the same, of the control's state"
+
+
+def test_pinned_learning_rate_comes_free_again():
+    """One divergence, of a bad stretch of data perhaps, would hold the learning rate down to the end of a long run."""
+    guard, state = guard_of(network())
+    run = RUN._replace(total_steps=100 * WINDOW)
+
+    def feed(loss):
+        window = window_of([loss] * WINDOW)
+        return guard.answer_divergence(run, state, state, window, signals.summarise(window))
+
+    feed(1.0)
+    feed(100.0)
+    held = guard.state.ceiling
+    assert held < LR.high
+    for k in range(50):
+        feed(100.0 * 0.99**k)
+    assert guard.state.ceiling == pytest.approx(held + 50 * EASE)
+    for _ in range(3):
+        feed(130.0)
+    assert guard.state.ceiling < held + 53 * EASE, "a window that is not good earns nothing"
+
+
+def test_data_that_have_changed_are_no_divergence():
+    """A curriculum would be rolled back at each of its steps, for ever."""
+    model = network()
+    optimizer = scheduled(model, on_divergence="rollback")
+    train(model, optimizer, range(BAD))
+
+    def harder(step):
+        optimizer.zero_grad()
+        loss = 30 * loss_at(model, step)
+        loss.backward()
+        optimizer.step(loss=loss)
+
+    for step in range(BAD, STEPS):
+        harder(step)
+    (message,) = messages(optimizer)
+    assert "rolled back" in message
+    assert optimizer.controller.guard.state.first > 0, "judged by what the loss was after the change"
+
+
+# --- What is kept ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), torch.optim.Adagrad], ids=[*OPTIMIZERS, "Adagrad"])
+@pytest.mark.parametrize("kind", safety.SNAPSHOTS)
+def test_snapshot_of_any_kind_saves_a_run(kind, make):
+    """Whoever has no memory for a second copy of the optimizer's state would have to do without a way back."""
+    model, optimizer, _ = diverging("rollback", make=make, snapshots=kind)
+    (message,) = messages(optimizer)
+    assert "rolled back" in message
+    assert loss_at(model, 0) < 1.2
+    snapshot = optimizer.controller.guard.snapshot
+    assert all(tensor.device == saved.device for tensor, saved in snapshot.tensors)
+    if kind == safety.WEIGHTS and make is not torch.optim.Adagrad:
+        assert not snapshot.optimizer_state
+
+
+def test_rollback_is_what_happens_by_default():
+    """Weights that are destroyed stay so, however low the learning rate is set then."""
+    model = network()
+    optimizer = scheduled(model)
+    train(model, optimizer, range(BAD))
+    throw_away(model)
+    train(model, optimizer, range(BAD, STEPS))
+    assert "rolled back" in messages(optimizer)[0] and loss_at(model, 0) < 1.2
+
+
+def test_buffers_of_the_model_go_back_as_well():
+    """Statistics of batch norm that are of lost weights would make good ones fail in evaluation."""
+
+    def buffers_after_rollback(given):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+        inner = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+        zero = SchedulePolicy.zero()
+        optimizer = ScheduledOptimizer(
+            inner, total_steps=STEPS, decisions=DECISIONS, policy=zero, model=model if given else None
+        )
+        train(model, optimizer, range(BAD))
+        with torch.no_grad():
+            model[0].weight.mul_(1e6)
+            model[2].weight.mul_(1e6)
+        for step in range(BAD, STEPS):
+            train(model, optimizer, [step])
+            if messages(optimizer):
+                return model[1].running_var.max()
+
+    assert buffers_after_rollback(given=True) < 100 < buffers_after_rollback(given=False)
+
+
+# --- What the policy may do -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_trust_bounds_the_policy(direction):
+    """Fine-tuning at a learning rate that a policy has raised tenfold destroys what was learned before."""
+    model = network()
+    optimizer = scheduled(model, always(lr=direction), trust=2, controls=["lr"])
+    factors = [lr / (0.01 * (1 - n / STEPS)) for n, ((lr, _),) in enumerate(train(model, optimizer, range(STEPS)))]
+    assert min(factors) >= 0.5 - 1e-9 and max(factors) <= 2 + 1e-9
+    assert factors[-1] == pytest.approx(2.0**direction)
+
+
+def test_what_the_probe_has_told_stands_until_the_loss_falls():
+    """The first decision would raise the learning rate above what the probe has just found to go too far."""
+    model = network()
+    optimizer = scheduled(model, always(safe_start=True, lr=1), 20.0, controls=["lr"])
+    states = []
+    for step in range(40):
+        optimizer.zero_grad()
+        loss_at(model, step).backward()
+        optimizer.step(loss=1.0)  # whatever happens, it does not fall
+        states.append(optimizer.controller.state.control["lr"])
+    allowed = states[1]
+    assert allowed < 0, "this learning rate goes too far"
+    assert max(states[1:]) == allowed
+    for step in range(40, 60):
+        optimizer.zero_grad()
+        loss_at(model, step).backward()
+        optimizer.step(loss=0.97 ** (step - 39))
+    assert optimizer.controller.state.control["lr"] > allowed
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adadelta, torch.optim.Rprop])
+def test_optimizers_with_a_scale_of_their_own_start_at_their_learning_rate(make):
+    """The first, small step is not like those to come: Rprop would keep its size, Adadelta has hardly begun."""
+    model = network()
+    optimizer = scheduled(model, always(safe_start=True, lr=1), 1.0, make=make)
+    rates = [lr for ((lr, _),) in train(model, optimizer, range(STEPS))]
+    assert rates[0] == 1.0
+    assert max(lr / (1 - n / STEPS) for n, lr in enumerate(rates)) <= 2 + 1e-9, "the policy was not trained with them"
+
+
+def test_learning_rate_of_a_scheduler_that_is_no_number_does_not_reach_the_weights():
+    """min(max(nan, low), high) is NaN: a bound that lets the worst through is none."""
+    rates = []
+    for value in (math.nan, math.inf):
+        model = network()
+        inner = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = ScheduledOptimizer(inner, total_steps=STEPS, follow_scheduler=True, lr_bounds=(1e-4, 1.0))
+        train(model, optimizer, range(3))
+        inner.param_groups[0]["lr"] = value
+        loss_at(model, 3).backward()
+        inner.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+        optimizer.step(loss=1.0)
+        assert rates[-1] == 1e-4
+        assert_finite_weights(model)

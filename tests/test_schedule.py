@@ -24,7 +24,7 @@ def of(i, value):
         return value[i].item() if value[i].ndim == 0 else value[i]
     if isinstance(value, dict):
         return {key: of(i, part) for key, part in value.items()}
-    return value if value is None else type(value)(*(of(i, part) for part in value))
+    return value if value is None or isinstance(value, float) else type(value)(*(of(i, part) for part in value))
 
 
 def assert_same(together, alone, i):
