@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched import schedule, signals
+from rlsched import distributed, schedule
 from rlsched.checkpoint import Saved, packed, unpacked
 from rlsched.control import CONTROLS, LR
 from rlsched.frozen import FrozenSchedule, Window
@@ -21,7 +21,11 @@ from rlsched.number import Number
 from rlsched.options import ScheduleOptions, shows_options
 from rlsched.safety import Guard, Intervention
 from rlsched.signals import Run
+from rlsched.summary import summarise
 from rlsched.tensorboard import RunLog
+from rlsched.training_run import TrainingRun
+from rlsched.validation import agreed, unseen
+from rlsched.weights import KeptWeights
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from rlsched.options import Options
 
 
-class Controller:
+class Controller(TrainingRun):
     """Drives one optimizer. `ScheduledOptimizer` and `attach` are its two faces; the former documents the arguments.
 
     Attributes:
@@ -44,6 +48,8 @@ class Controller:
         meter: what is measured of the inner steps, a `Meter`.
         guard: what keeps the run alive, a `Guard`.
         windows: what held from one decision to the next, so far.
+        validation: what is known of the validation losses, a `Validation`.
+        kept: copies of the weights, a `KeptWeights`.
         proposal: the hyperparameters of the first group by control, as last decided.
         skipped: calls of step without any gradient.
     """
@@ -71,6 +77,8 @@ class Controller:
         )
         probing = self.policy.safe_start and LR.name in self._written
         self.state = schedule.begin(self.run, base, probing=probing, memory=self.policy.begin())
+        self.validation = unseen()
+        self.kept = KeptWeights(optimizer, keep_best=given.keep_best)
         self.skipped = 0
         self.proposal: dict[str, float] = {}
         self._warned: set[str] = set()
@@ -78,11 +86,6 @@ class Controller:
         self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._hold()
         self.windows = [self._window()]
-
-    @property
-    def step_count(self) -> int:
-        """Inner steps done."""
-        return int(self.state.step)
 
     @property
     def total_steps(self) -> int:
@@ -103,6 +106,7 @@ class Controller:
     @torch.compiler.disable
     def prepare_step(self, loss: Tensor | float | None = None) -> None:
         """Measure the gradients, clip them, and set the hyperparameters of the step to come."""
+        self.kept.refuse_to_train()
         if loss is not None:
             self.meter.report(loss)
         parameters = self._parameters()
@@ -158,7 +162,7 @@ class Controller:
             before = self.state = guard.judge_probe(run, before, window)
             if before.probing:
                 return self._open_window(1)
-        summary = signals.summarise(window)
+        summary = summarise(window)
         if not self.meter.loss_was_reported and math.isnan(summary.loss):  # nor on another rank
             self._warn(
                 "no loss",
@@ -166,7 +170,8 @@ class Controller:
             )
         if self.options.shadow:
             before = before._replace(control=self.groups.states_in_use(before, self._decay()))
-        observation, state = schedule.observe(run, before, summary, self.policy.observations)
+        self.validation = agreed(distributed.of_all_ranks(self.validation, self._parameters()[0].device))
+        observation, state = schedule.observe(run, before, summary, self.policy.observations, self.validation)
         action, memory = self.policy.act(observation, state.memory)
         actions = dict(zip(self.policy.controls, action.tolist(), strict=True))
         state = schedule.move(run, state, {name: actions[name] for name in self._moving}, memory)
@@ -224,7 +229,7 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as bytes. Of a sharded model all ranks have to call this."""
         parts = self.state, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
-        return packed(Saved(*parts), self._identity())
+        return packed(Saved(*parts, self.validation, self.kept.state()), self._identity())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was.
@@ -236,9 +241,9 @@ class Controller:
             ValueError: the state is of a run with another policy, other controls, total_steps or decisions, of another
                 rlsched, or of no controller at all.
         """
-        self.state, measured, self.guard.state, bases, self.windows, self.skipped = unpacked(
-            state_dict, self._identity()
-        )
+        saved = unpacked(state_dict, self._identity())
+        self.kept.load(saved.kept)
+        self.state, measured, self.guard.state, bases, self.windows, self.skipped, self.validation, _ = saved
         self.guard.snapshot = None
         self.meter.load(measured, self._parameters()[0].device)
         self.groups.load(bases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +36,8 @@ class CallbackOptions(TypedDict, total=False):
     shadow: bool
     log_dir: str | Path | None
     writer: SummaryWriter | None
+    patience: int | None
+    keep_best: bool
 
 
 class Options(CallbackOptions, total=False):
@@ -63,13 +66,15 @@ class ScheduleOptions:
     shadow: bool = False
     log_dir: str | Path | None = None
     writer: SummaryWriter | None = None
+    patience: int | None = None
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
-        steps, bounds = self.total_steps, self.lr_bounds
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps <= 0:
-            raise ValueError(f"total_steps must be a positive int, the number of optimizer steps, got {steps!r}")
-        if isinstance(self.decisions, bool) or not isinstance(self.decisions, int) or self.decisions <= 0:
-            raise ValueError(f"decisions must be a positive int, got {self.decisions!r}")
+        bounds = self.lr_bounds
+        for name, of in (("total_steps", "optimizer steps"), ("decisions", "decisions in a run")):
+            object.__setattr__(self, name, checked_count(name, getattr(self, name), of))
+        if self.patience is not None:
+            object.__setattr__(self, "patience", checked_count("patience", self.patience, "validations, or None"))
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm!r}")
         if self.on_divergence not in ON_DIVERGENCE:
@@ -91,6 +96,21 @@ class ScheduleOptions:
     def loaded_policy(self) -> Policy:
         """The policy itself."""
         return SchedulePolicy.load(self.policy) if isinstance(self.policy, str | Path) else self.policy
+
+
+def checked_count(argument: str, value: Any, of: str) -> int:
+    """A positive number of something, of any type of integer, as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count <= 0:
+        raise ValueError(f"{argument} must be a positive int, the number of {of}, got {value!r}")
+    return count
 
 
 def shows_options(required: bool = True) -> Callable[[T], T]:

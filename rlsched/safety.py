@@ -17,7 +17,8 @@ from rlsched.meter import Meter
 from rlsched.moments import Moments
 from rlsched.number import Number
 from rlsched.schedule import LOG_PROBE, PROBE, ScheduleState
-from rlsched.signals import FAST, Run, Summary
+from rlsched.signals import FAST, Run
+from rlsched.summary import Summary
 from rlsched.tensorboard import RunLog
 
 LOGGER = logging.getLogger("rlsched")

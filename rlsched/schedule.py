@@ -7,7 +7,7 @@ environment drives them for N networks, the controller for one. In the order of 
     ... the first window is one inner step, at `hyperparameters(run, state, base)` times `decay(...)` ...
     offset = probe(run, state, window)               # how high the learning rate may start
     state = start(state, offset)
-    observation, state = observe(run, state, signals.summarise(window), policy.observations)
+    observation, state = observe(run, state, summarise(window), policy.observations)
     action, memory = policy.act(observation, state.memory)
     state = move(run, state, {name: action[..., i] for i, name in enumerate(policy.controls)}, memory)
     state = open_window(run, state, run.interval)
@@ -27,7 +27,9 @@ from rlsched.base_schedule import BaseSchedule
 from rlsched.control import CONTROLS, LR
 from rlsched.moments import Moments
 from rlsched.number import Number, clamp, isnan, log, mean, where
-from rlsched.signals import History, Run, Summary
+from rlsched.signals import History, Run
+from rlsched.summary import Summary
+from rlsched.validation import Validation
 
 
 class ScheduleState(NamedTuple):
@@ -92,9 +94,11 @@ def values(
     return {**held, LR.name: held[LR.name] * decay(run, state, schedule, step)}
 
 
-def observe(run: Run, state: ScheduleState, window: Summary, names: Sequence[str]) -> tuple[Tensor, ScheduleState]:
+def observe(
+    run: Run, state: ScheduleState, window: Summary, names: Sequence[str], validation: Validation | None = None
+) -> tuple[Tensor, ScheduleState]:
     """What the policy sees at the end of a window, (*batch, len(names)), and the state that remembers it."""
-    observation, history = signals.observe(names, window, run, state.history, state.step, state.control)
+    observation, history = signals.observe(names, window, run, state.history, state.step, state.control, validation)
     return observation, state._replace(history=history)
 
 

@@ -48,6 +48,7 @@ def test_signature_shows_every_option(face):
 def test_signature_of_a_callback_shows_every_option(framework):
     """The same; a callback knows the number of steps from its trainer."""
     expected = {name: (field.type, field.default) for name, field in FIELDS.items()}
+    expected["monitor"] = "str", {"lightning": "val_loss", "transformers": "eval_loss"}[framework]
     assert spelt(callback(framework)) == {**expected, "total_steps": ("int | None", None)}
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import always, assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
 from torch import nn
 
-from rlsched import DivergenceError, ScheduledOptimizer, SchedulePolicy, attach, safety, schedule, signals
+from rlsched import DivergenceError, ScheduledOptimizer, SchedulePolicy, attach, safety, schedule
 from rlsched.control import CONTROL_NAMES, LR, OUTLIER
 from rlsched.meter import Meter
 from rlsched.moments import Moments
@@ -17,6 +17,7 @@ from rlsched.policy import Domain
 from rlsched.safety import Guard, GuardState, Snapshot
 from rlsched.schedule import PROBE
 from rlsched.signals import OBSERVATION_NAMES, Run
+from rlsched.summary import summarise
 from rlsched.tensorboard import RunLog
 
 STEPS, DECISIONS = 100, 20
@@ -91,7 +92,7 @@ def verdicts(losses, interval=4):
     """What a guard says of each window of a run with such losses."""
     guard, _ = guard_of(network())
     windows = [window_of(losses[i : i + interval]) for i in range(0, len(losses), interval)]
-    return [guard.why_diverged(window, signals.summarise(window)) for window in windows]
+    return [guard.why_diverged(window, summarise(window)) for window in windows]
 
 
 def test_noise_is_no_divergence():
@@ -130,7 +131,7 @@ def test_cut_is_a_tenth_wherever_the_control_stands():
         guard, state = guard_of(network())
         before = schedule.with_lr(state, lr)._replace(lr_offset=-0.5)
         window = window_of([math.nan] * WINDOW)
-        after, _, diverges = guard.answer_divergence(before, before, window, signals.summarise(window))
+        after, _, diverges = guard.answer_divergence(before, before, window, summarise(window))
         assert diverges
         assert after.control["lr"] >= LR.low
         assert math.exp(after.control["lr"] + after.lr_offset - lr + 0.5) == pytest.approx(0.1)
