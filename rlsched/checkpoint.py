@@ -32,6 +32,7 @@ class Saved(NamedTuple):
     bases: list[dict[str, float]]  # what the user gave each parameter group, by control
     windows: list[Window]  # what was decided
     skipped: int  # calls of step without any gradient
+    total_steps: int | None  # None while the length of the run is not known
     validation: Validation
     kept: dict[str, Any]  # copies of the weights, see `KeptWeights.state`
 

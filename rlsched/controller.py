@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.optim import Optimizer
 from rlsched import distributed, schedule
 from rlsched.checkpoint import Saved, packed, unpacked
 from rlsched.control import CONTROLS, LR
-from rlsched.frozen import FrozenSchedule, Window
+from rlsched.frozen import FrozenSchedule
 from rlsched.hyperparameters import ParameterGroups
+from rlsched.length import Length
 from rlsched.meter import Meter
 from rlsched.number import Number
 from rlsched.options import ScheduleOptions, shows_options
@@ -42,7 +44,8 @@ class Controller(TrainingRun):
         options: the arguments.
         policy: what decides, loaded.
         log: what is written for TensorBoard, a `RunLog`.
-        run: what is known of the run before it starts.
+        length: how long the run is, a `Length`.
+        run: what is known of it before it starts, its length and that of its windows as they are now.
         state: where its schedule is, a `ScheduleState`.
         groups: the optimizer's hyperparameters, a `ParameterGroups`: as the user gave them, and as decided.
         meter: what is measured of the inner steps, a `Meter`.
@@ -62,13 +65,16 @@ class Controller(TrainingRun):
         self.log = RunLog(given.log_dir, given.writer)
         self.groups = ParameterGroups(optimizer, lr_bounds=given.lr_bounds, follow_scheduler=given.follow_scheduler)
         traits, base = self.groups.traits, self.groups.bases[0]
-        interval = schedule.decision_interval(given.total_steps, given.decisions)
-        self.run = Run(given.total_steps, interval, 1 if traits.adaptive else -1, int(traits.sums_gradients))
+        self.length = Length(given.total_steps, given.decisions, self.policy.base_schedule)
+        self.run = self.length.measured(Run(0, 0, 1 if traits.adaptive else -1, int(traits.sums_gradients)), 0)
         chosen = set(self.policy.controls) & set(given.controls)
         self._moving = tuple(n for n, control in CONTROLS.items() if n in chosen and control.can_move(base[n]))
         self._written = () if given.shadow else self._moving
         self.meter = Meter(
-            interval, has_momentum=base["momentum"] > 0, max_grad_norm=given.max_grad_norm, watches=given.shadow
+            self.run.interval,
+            has_momentum=base["momentum"] > 0,
+            max_grad_norm=given.max_grad_norm,
+            watches=given.shadow,
         )
         answer, moves_lr = None if given.shadow else given.on_divergence, LR.name in self._moving
         most = given.max_update_ratio
@@ -78,19 +84,15 @@ class Controller(TrainingRun):
         probing = self.policy.safe_start and LR.name in self._written
         self.state = schedule.begin(self.run, base, probing=probing, memory=self.policy.begin())
         self.validation = unseen()
-        self.kept = KeptWeights(optimizer, keep_best=given.keep_best)
+        self.kept = KeptWeights(optimizer, keep_best=given.keep_best, averaging=given.averaging)
         self.skipped = 0
         self.proposal: dict[str, float] = {}
         self._warned: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._hold()
-        self.windows = [self._window()]
-
-    @property
-    def total_steps(self) -> int:
-        """Inner steps in the run."""
-        return self.options.total_steps
+        self.windows = []
+        self._note_window()
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -130,10 +132,11 @@ class Controller(TrainingRun):
             self._set_hyperparameters()
         if state.step == restored_at:  # the gradients are of weights that are no more
             self.meter.skip_step()
+            self.kept.average_anew()
             for p in parameters:
                 p.grad = None
             return
-        is_last = state.window_end >= self.total_steps  # nobody looks at the last window
+        is_last = state.window_end >= self.run.total_steps  # nobody looks at the last window
         buffers, multiple = self.groups.momentum_buffers, self.groups.decided[0]["clip"]
         measured = parameters, grads, whole_loss, norm
         self.meter.begin_step(*measured, state, is_last=is_last, buffers=buffers, multiple=multiple)
@@ -144,7 +147,8 @@ class Controller(TrainingRun):
         if self.meter.finish_step():
             self.state = self.state._replace(step=self.state.step + 1)
             self.groups.after_step()
-        if self.state.step == self.total_steps:
+            self.kept.after_step()
+        if self.state.step == self.run.total_steps:
             self.log.close()
 
     @torch.compiler.disable
@@ -156,7 +160,8 @@ class Controller(TrainingRun):
     # --- Deciding ---------------------------------------------------------------------------------------------------
 
     def _decide(self, loss: Number | None) -> None:
-        run, before, guard = self.run, self.state, self.guard
+        run = self.run = self.length.measured(self.run, self.step_count)
+        before, guard = self.state, self.guard
         window = self.meter.window(before.step - before.window_start)
         if before.probing:
             before = self.state = guard.judge_probe(run, before, window)
@@ -190,34 +195,29 @@ class Controller(TrainingRun):
         self.log.decision(self, summary, observation, actions, base_lr)
 
     def _open_window(self, length: int) -> None:
-        self.meter.clear()
+        self.meter.clear(self.run.interval)
         self.state = schedule.open_window(self.run, self.state, length)
         self._hold()
-        self.windows.append(self._window())
+        self._note_window()
 
     def _hold(self) -> None:
         """Work out what holds until the next decision."""
         self.meter.learn_ranks(self._parameters())
         self.groups.decide(self.run, self.state)
 
-    def _window(self) -> Window:
-        state = self.state
-        return Window(self.step_count, bool(state.probing), schedule.moved(state), state.control)
-
     def _decay(self) -> float:
         """The base schedule's factor on the base learning rate."""
-        return schedule.decay(self.run, self.state, self.policy.base_schedule, self.state.step)
+        return schedule.decay(self.run, self.state, self.length.base_schedule, self.state.step)
 
     def _set_hyperparameters(self) -> None:
-        if self.state.step == self.total_steps:
+        if self.step_count == self.run.total_steps + self.length.margin():
             self._warn(
                 "too long",
-                f"training goes on after total_steps={self.total_steps}: the learning rate stays where it ended",
+                f"training goes on after total_steps={self.total_steps}: the learning rate stays where it ended; "
+                "extend(total_steps) gives the run another length",
             )
-        decay = usual_decay = self._decay()
-        if self.state.probing:
-            usual_decay = self.policy.base_schedule.factor(self.state.step, self.total_steps)
-        if self.groups.write(decay, self._written, usual_decay):
+        usual_decay = self.policy.base_schedule.factor(self.step_count, self.run.total_steps)
+        if self.groups.write(self._decay(), self._written, usual_decay):
             self._warn(
                 "scheduler",
                 "a torch scheduler, or other code, has changed the learning rate, which has no effect: take it away, "
@@ -229,7 +229,8 @@ class Controller(TrainingRun):
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as bytes. Of a sharded model all ranks have to call this."""
         parts = self.state, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
-        return packed(Saved(*parts, self.validation, self.kept.state()), self._identity())
+        kept = self.kept.state()
+        return packed(Saved(*parts, self.total_steps, self.validation, kept), self._identity())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was.
@@ -237,22 +238,35 @@ class Controller(TrainingRun):
         Snapshots are not in the state: the next one is taken at a decision that finds the run well, and a probe that
         has gone too far just before is not undone.
 
+        A state of a run of another length is extended to the `total_steps` of this one (see `extend`), or goes on to
+        its own if this one has none.
+
         Raises:
-            ValueError: the state is of a run with another policy, other controls, total_steps or decisions, of another
-                rlsched, or of no controller at all.
+            ValueError: the state is of a run with another policy, other controls or decisions, that has done more than
+                `total_steps`, of another rlsched, or of no controller at all.
         """
-        saved = unpacked(state_dict, self._identity())
+        saved, asked = unpacked(state_dict, self._identity()), self.total_steps
+        done = int(saved.schedule.step)
+        if asked is not None and asked != saved.total_steps and asked < done:
+            raise ValueError(f"state_dict is of a run that has done {done} steps, this one has total_steps={asked}")
         self.kept.load(saved.kept)
-        self.state, measured, self.guard.state, bases, self.windows, self.skipped, self.validation, _ = saved
+        self.state, measured, self.guard.state, bases, self.windows, self.skipped, total, self.validation, _ = saved
+        base, last = self.policy.base_schedule, self.windows[-1]
+        base = base if total is None else replace(base, knots=last.knots)
+        self.length = self.length._replace(total_steps=total, schedule=base)
+        self.run = self.length.measured(self.run, last.start)
+        self.meter.interval = self.run.interval
         self.guard.snapshot = None
         self.meter.load(measured, self._parameters()[0].device)
         self.groups.load(bases)
+        if asked is not None:
+            self._end_at(asked)
         self._hold()
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other was."""
-        run = {"total_steps": self.total_steps, "interval": self.run.interval}
-        return {**run, "policy": self.policy.digest, "controls": list(self._moving)}
+        decisions, policy = self.length.decisions, self.policy.digest
+        return {"decisions": decisions, "policy": policy, "controls": list(self._moving)}
 
     def __getstate__(self) -> dict[str, Any]:
         guard = copy.copy(self.guard)
@@ -269,17 +283,19 @@ class Controller(TrainingRun):
 
         Raises:
             ValueError: the run follows a torch scheduler, or is in shadow mode, so that the learning rate was not the
-                policy's.
+                policy's; or nobody knows how long it is.
         """
         for name, whose in (("follow_scheduler", "a torch scheduler's"), ("shadow", "the user's own")):
             if getattr(self.options, name):
                 raise ValueError(f"{name}=True: the learning rate was {whose}, so there is no schedule to freeze")
+        if self.total_steps is None:
+            raise ValueError("total_steps=None: what has no end cannot be frozen; finish(steps) gives the run one")
         if self.state.window_end < self.total_steps:
             self._warn(
                 "unfinished",
                 f"the run is at step {self.step_count} of {self.total_steps}: its last decision is held to the end",
             )
-        return FrozenSchedule.of(self.windows, self.total_steps, self.groups.bases, self.policy.base_schedule)
+        return FrozenSchedule.of(self.windows, self.groups.bases, self.policy.base_schedule)
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
@@ -292,8 +308,9 @@ class Controller(TrainingRun):
     def __repr__(self) -> str:
         now = ", ".join(f"{name}={value:.4g}" for name, value in self.proposal.items())
         mode = "shadow, " if self.options.shadow else "probing, " if self.state.probing else ""
+        steps = "unknown" if self.total_steps is None else self.total_steps
         return (
-            f"Controller(step {self.step_count} of {self.total_steps}, {mode}{len(self.windows) - 1} decisions"
+            f"Controller(step {self.step_count} of {steps}, {mode}{len(self.windows) - 1} decisions"
             f"{': ' + now if now else ''}, {len(self.interventions)} interventions, {self.policy!r})"
         )
 

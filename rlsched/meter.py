@@ -147,7 +147,7 @@ class Meter:
         """
         column, length = state.step - state.window_start, state.window_end - state.window_start
         assert self.records is not None
-        self._record = record = self.records[column % self.interval]
+        self._record = record = self.records[column % len(self.records)]
         cells: Any = record
         finite: Tensor | bool
         if isinstance(norm, Tensor):
@@ -215,9 +215,12 @@ class Meter:
         """
         return moments_of(self._whole_records()[:steps])
 
-    def clear(self) -> None:
-        """Begin a window."""
+    def clear(self, interval: int) -> None:
+        """Begin a window of at most `interval` inner steps."""
+        self.interval = interval
         if self.records is not None:
+            if len(self.records) != interval:
+                self.records = self.records.new_empty(interval, COLUMNS)
             self.records.fill_(torch.nan)
 
     def _whole_records(self) -> Tensor:

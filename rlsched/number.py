@@ -7,6 +7,7 @@ numbers, one for each inner step, is a tuple of floats or a tensor whose last di
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -15,6 +16,21 @@ from torch import Tensor
 
 Number: TypeAlias = Any  # float | Tensor, and both sides of an operator are one or the other
 Series: TypeAlias = Any  # tuple[float, ...] | Tensor, (*batch, steps)
+
+
+def checked_count(argument: str, value: Any, of: str) -> int:
+    """A positive number of something, of any type of integer, as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count <= 0:
+        raise ValueError(f"{argument} must be a positive int, the number of {of}, got {value!r}")
+    return count
 
 
 def log(x: Number) -> Number:

@@ -95,7 +95,11 @@ class ScheduledOptimizer(Optimizer):
 
     Args:
         optimizer: the optimizer to drive; its present learning rates and momenta are the base values.
-        total_steps: optimizer steps in the whole run, at least 1. Training on after them keeps the last learning rate.
+        total_steps: optimizer steps in the whole run, at least 1: of some epochs, `rlsched.steps_of(loader, epochs)`.
+            Training on after them keeps the last learning rate, and `extend` gives the run another length. None where
+            nobody knows: the base schedule then stays at its highest factor until `finish(steps)` says when the run
+            ends. The policy takes such a run for one in its first half, of a length that doubles as often as need be;
+            the one that ships was not trained for it.
         policy: name of a shipped policy, path to a policy file, or any `rlsched.policy.Policy`.
         controls: what the policy may change, of `rlsched.control.CONTROLS`; by default all that it knows to move.
             With none of them the learning rate follows the base schedule exactly, and all else stays.
@@ -119,6 +123,7 @@ class ScheduledOptimizer(Optimizer):
         patience: `should_stop` is True when so many validations in a row have brought no new best loss; None: never.
         keep_best: keep the weights of the best validation, for `best` and `restore_best`; as much memory as the
             weights, and as much more of a checkpoint.
+        averaging: average the weights, for `averaged`; as much memory again, and a pass over the weights at each step.
 
     Behaviour worth knowing:
         - Gradients are clipped in place, and those of a step whose loss or gradient is not finite never reach the
@@ -199,8 +204,11 @@ class ScheduledOptimizer(Optimizer):
 
     observe = _of_controller(Controller.observe)
     observe_validation = _of_controller(Controller.observe_validation)
+    averaged = _of_controller(Controller.averaged)
     best = _of_controller(Controller.best)
     restore_best = _of_controller(Controller.restore_best)
+    extend = _of_controller(Controller.extend)
+    finish = _of_controller(Controller.finish)
     freeze = _of_controller(Controller.freeze)
 
     @property

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from rlsched.control import CONTROL_NAMES, CONTROLS
+from rlsched.number import checked_count
 from rlsched.policy import Policy, SchedulePolicy, checked_names
 from rlsched.safety import ON_DIVERGENCE
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 class CallbackOptions(TypedDict, total=False):
     """The arguments of `rlsched.attach` by their types; a callback knows `total_steps` from its trainer."""
 
-    total_steps: int
+    total_steps: int | None
     policy: str | Path | Policy
     controls: Sequence[str]
     decisions: int
@@ -38,12 +38,13 @@ class CallbackOptions(TypedDict, total=False):
     writer: SummaryWriter | None
     patience: int | None
     keep_best: bool
+    averaging: bool
 
 
 class Options(CallbackOptions, total=False):
     """The arguments of `rlsched.attach` by their types."""
 
-    total_steps: Required[int]  # type: ignore[misc] # which is required here
+    total_steps: Required[int | None]  # type: ignore[misc] # which is required here
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ScheduleOptions:
         TypeError, ValueError: one of them is not what it can be.
     """
 
-    total_steps: int
+    total_steps: int | None
     policy: str | Path | Policy = "default"
     controls: Sequence[str] = CONTROL_NAMES
     decisions: int = 100
@@ -68,13 +69,17 @@ class ScheduleOptions:
     writer: SummaryWriter | None = None
     patience: int | None = None
     keep_best: bool = False
+    averaging: bool = False
 
     def __post_init__(self) -> None:
         bounds = self.lr_bounds
-        for name, of in (("total_steps", "optimizer steps"), ("decisions", "decisions in a run")):
-            object.__setattr__(self, name, checked_count(name, getattr(self, name), of))
+        counts = {"decisions": "decisions in a run"}
+        if self.total_steps is not None:
+            counts["total_steps"] = "optimizer steps, or None"
         if self.patience is not None:
-            object.__setattr__(self, "patience", checked_count("patience", self.patience, "validations, or None"))
+            counts["patience"] = "validations, or None"
+        for name, of in counts.items():
+            object.__setattr__(self, name, checked_count(name, getattr(self, name), of))
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm!r}")
         if self.on_divergence not in ON_DIVERGENCE:
@@ -96,21 +101,6 @@ class ScheduleOptions:
     def loaded_policy(self) -> Policy:
         """The policy itself."""
         return SchedulePolicy.load(self.policy) if isinstance(self.policy, str | Path) else self.policy
-
-
-def checked_count(argument: str, value: Any, of: str) -> int:
-    """A positive number of something, of any type of integer, as an int.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        count = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = 0
-    if count <= 0:
-        raise ValueError(f"{argument} must be a positive int, the number of {of}, got {value!r}")
-    return count
 
 
 def shows_options(required: bool = True) -> Callable[[T], T]:

@@ -47,23 +47,61 @@ class WeightCopy:
         self.tensors, self.step = [distributed.part(whole, p) for p, whole in pairs], state["step"]
 
 
+class WeightAverage(WeightCopy):
+    """The average of an optimizer's weights over the steps so far, the later ones weighing more.
+
+    After step t the weights w_t go into the average with the weight (η + 1) / (t + η), which is polynomial-decay
+    averaging (Shamir & Zhang 2013, "Stochastic Gradient Descent for Non-smooth Optimization"): w_s weighs in proportion
+    to s^η. So it forgets how the run began, and averages over more the longer the run is; half of the weight is on the
+    last 1 − 2^(−1 / (η + 1)) of it. (`torch.optim.swa_utils.AveragedModel` averages a model, which it copies and which
+    an optimizer does not know.) Weights in half precision are averaged in single: small steps would be lost.
+    """
+
+    POWER = 8  # η: half of the weight is on the last 7 % of the run
+
+    @torch.no_grad()
+    def move(self, parameters: list[Tensor]) -> None:
+        """Move towards the weights as they are after one more step; `step` counts these."""
+        self.step += 1
+        pairs = [
+            (distributed.local(copy), distributed.local(p)) for copy, p in zip(self.tensors, parameters, strict=False)
+        ]
+        if pairs:
+            copies, weights = zip(*((copy, p.to(copy.dtype)) for copy, p in pairs), strict=True)
+            torch._foreach_lerp_(copies, weights, (self.POWER + 1) / (self.step + self.POWER))
+        for p in parameters[len(self.tensors) :]:
+            self.tensors.append(p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True))
+
+
 class KeptWeights:
     """What is kept of one optimizer's weights beside those in training.
 
     Args:
         optimizer: whose weights they are.
         keep_best: whether those of the best validation are kept.
+        averaging: whether the average is.
     """
 
-    def __init__(self, optimizer: Optimizer, *, keep_best: bool) -> None:
+    def __init__(self, optimizer: Optimizer, *, keep_best: bool, averaging: bool) -> None:
         self.optimizer = optimizer
         self.best = WeightCopy() if keep_best else None
+        self.average = WeightAverage() if averaging else None
         self._blocks = 0  # in which others are in the place of those in training
 
     def take_best(self, step: int) -> None:
         """The weights as they are, after `step` inner steps, are the best so far."""
         if self.best is not None:
             self.best.take(self._parameters(), step)
+
+    def after_step(self) -> None:
+        """The weights as they are go into the average."""
+        if self.average is not None:
+            self.average.move(self._parameters())
+
+    def average_anew(self) -> None:
+        """The average begins anew with the weights as they are, which were brought back from where they had gone."""
+        if self.average is not None:
+            self.average = WeightAverage()
 
     def refuse_to_train(self) -> None:
         """Call before each step.
@@ -80,18 +118,28 @@ class KeptWeights:
         with self._in_place(self._the_best(), model, batches):
             yield
 
+    @contextmanager
+    def average_in_place(self, model: nn.Module, batches: Iterable[Any] | None) -> Iterator[None]:
+        """See `ScheduledOptimizer.averaged`."""
+        if self.average is None:
+            raise ValueError("averaging=True averages the weights; it was not given")
+        with self._in_place(self.average, model, batches):
+            yield
+
     def restore_best(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
         """See `ScheduledOptimizer.restore_best`."""
         self._put(self._the_best().tensors, model, batches)
 
     def state(self) -> dict[str, Any]:
         """What is kept, whole; of a sharded model all ranks have to call this."""
-        return {"best": self.best.state() if self.best is not None else None}
+        kept = {"best": self.best, "average": self.average}
+        return {name: copy.state() if copy is not None else None for name, copy in kept.items()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state` gave. What was not kept there begins to be kept now."""
-        if self.best is not None and state["best"] is not None:
-            self.best.load(state["best"], self._parameters())
+        for name, copy in (("best", self.best), ("average", self.average)):
+            if copy is not None and state[name] is not None:
+                copy.load(state[name], self._parameters())
 
     def _the_best(self) -> WeightCopy:
         if self.best is None:

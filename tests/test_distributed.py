@@ -191,18 +191,25 @@ def validated(rank, everyone=False):
 
 def best_of_shards(rank):
     """The best weights of a sharded run, after it and in one that resumes; and what is said where ranks disagree."""
-    it = Training(rank, sharded, OPTIMIZERS["SGD"], keep_best=True).run(range(6))
+    options = {"keep_best": True, "averaging": True}
+    it = Training(rank, sharded, OPTIMIZERS["SGD"], **options).run(range(6))
     it.controller.observe_validation(1.0)
     expected = [full(p) for p in it.model.parameters()]
     it.run(range(6, STOP))
     last = [full(p) for p in it.model.parameters()]
-    again = Training(rank, sharded, OPTIMIZERS["SGD"], keep_best=True)
+    again = Training(rank, sharded, OPTIMIZERS["SGD"], **options)
     again.optimizer.load_state_dict(copy.deepcopy(it.optimizer.state_dict()))
     seen = []
     for run in (it, again):
         with run.controller.best(run.model):
             seen.append([full(p) for p in run.model.parameters()])
     assert_same([full(p) for p in it.model.parameters()], last)
+    averages = []
+    for run in (it, again):
+        with run.controller.averaged(run.model):
+            averages.append([full(p) for p in run.model.parameters()])
+    assert_same(*averages)
+    assert_same(averages[0], [full(copy) for copy in it.controller.kept.average.tensors])
     it.run(range(STOP, STOP + 1))
     it.controller.observe_validation([0.5, 2.0][rank])
     try:

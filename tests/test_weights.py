@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers import FACES, assert_same_weights, lively_policy, loss_at, network
+from helpers import FACES, always, assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
 from torch import nn
 
 from rlsched import ScheduledOptimizer
-from rlsched.weights import WeightCopy
+from rlsched.weights import WeightAverage, WeightCopy
 
 BATCHES = [(torch.randn(16, 6, generator=torch.Generator().manual_seed(i)), None) for i in range(4)]
 
@@ -138,6 +138,8 @@ def test_misuse_is_named():
     model, driver, _ = trained(keep_best=False)
     with pytest.raises(ValueError, match="keep_best=True keeps the weights of the best validation; it was not given"):
         driver.restore_best(model)
+    with pytest.raises(ValueError, match="averaging=True averages the weights; it was not given"):
+        driver.averaged(model).__enter__()
     model, driver, _ = trained()
     with pytest.raises(TypeError, match=r"model must be the torch.nn.Module that is trained, got list"):
         driver.restore_best(BATCHES)
@@ -158,3 +160,112 @@ def test_layer_that_was_added_later_is_in_the_next_copy():
     assert kept.step == 2
     for copied, p in zip(kept.tensors, [*one.parameters(), *other.parameters()], strict=True):
         assert torch.equal(copied, p) and not copied.requires_grad
+
+
+# --- Averages -------------------------------------------------------------------------------------------------------
+
+
+def averages_of(path, dtype=torch.float64):
+    """The average after each step along a path of weights (steps, weights)."""
+    average, weights, seen = WeightAverage(), torch.zeros_like(path[0], dtype=dtype), []
+    for step in path:
+        weights.copy_(step)
+        average.move([weights])
+        seen.append(average.tensors[0].clone())
+    return torch.stack(seen)
+
+
+def test_average_is_that_of_its_formula():
+    """An average that forgets too fast is the last weights, and one that does not is of the beginning of the run.
+
+    Unrolled, step s of t has the weight (η + 1)/(s + η) · Π (1 − (η + 1)/(r + η)) for s < r ≤ t.
+    """
+    path = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    power, seen = WeightAverage.POWER, averages_of(path)
+    for t in (1, 2, 9, 40):
+        share = torch.ones(t, dtype=torch.float64)
+        for s in range(1, t + 1):
+            share[s - 1] = (power + 1) / (s + power)
+            for r in range(s + 1, t + 1):
+                share[s - 1] *= 1 - (power + 1) / (r + power)
+        assert share.sum() == pytest.approx(1)
+        torch.testing.assert_close(seen[t - 1], share @ path[:t])
+    share = torch.eye(10_000, dtype=torch.float64)[:, [9_000]]  # one weight, which is 1 in one step and else 0
+    share = averages_of((torch.arange(10_000) >= 9_259).double()[:, None])[-1]
+    assert share.item() == pytest.approx(0.5, abs=0.01), "half of the weight is on the last 7.4 %"
+
+
+def test_average_of_noise_is_better_than_the_last_weights():
+    """What an average is for: with the learning rate up, the weights go around what they look for."""
+    noise = torch.randn(2_000, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    last = averages_of(noise)[-1]
+    assert last.square().mean() < 0.01 < 0.5 < noise[-1].square().mean()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_average_of_half_precision_keeps_small_steps(half):
+    """A step of a thousandth of the way is nothing in half precision: the average would stand still for ever."""
+    path = torch.cat([torch.zeros(5_000, 1), torch.ones(5_000, 1)])
+    assert averages_of(path, half)[-1].item() == pytest.approx(averages_of(path)[-1].item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_averaged_weights_are_in_place_for_a_block(face):
+    """The average would be judged by other weights, or training go on from it."""
+    model, driver, _ = trained(face=face, averaging=True)
+    reference, before = driver.kept if hasattr(driver, "kept") else driver.controller.kept, everything(model)
+    with driver.averaged(model):
+        for p, average in zip(model.parameters(), reference.average.tensors, strict=True):
+            assert torch.equal(p, average)
+        with pytest.raises(RuntimeError, match="train after it"):
+            train(model, driver if face is ScheduledOptimizer else driver.optimizer, [8])
+        driver.observe_validation(0.5)
+        averaged = copy.deepcopy(model)
+        model.zero_grad()
+    assert_untouched(model, before)
+    driver.restore_best(model)
+    assert_same_weights(model, averaged)
+
+
+def test_averaging_changes_nothing_else():
+    """Whoever looks at the average would train another network."""
+    one, other = trained(averaging=True), trained()
+    assert_same_weights(one[0], other[0])
+
+
+def test_batch_norm_of_the_average_is_refused_or_computed_anew():
+    """Running averages of other weights make of a good average a bad model."""
+    model, driver, _ = trained(with_batch_norm(), averaging=True)
+    before = everything(model)
+    with pytest.raises(ValueError, match="batches: the model has batch norm"):
+        driver.averaged(model).__enter__()
+    with driver.averaged(model, BATCHES):
+        hidden = torch.stack([model[0](inputs) for inputs, _ in BATCHES])
+        torch.testing.assert_close(model[1].running_mean, hidden.mean((0, 1)))
+    assert_untouched(model, before)
+
+
+def test_average_begins_anew_with_weights_that_were_taken_back():
+    """Weights of 10¹⁰, long since undone, would be in the average for the rest of the run."""
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), 0.01)
+    options = {"policy": always(lr=0.0), "total_steps": 60, "decisions": 15, "on_divergence": "rollback"}
+    optimizer = ScheduledOptimizer(inner, averaging=True, **options)
+    train(model, optimizer, range(20))
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= -1e10
+    train(model, optimizer, range(20, 59))
+    assert any("rolled back" in message for _, message in optimizer.controller.interventions)
+    with optimizer.averaged(model):
+        assert_finite_weights(model)
+        assert all(p.abs().max() < 10 for p in model.parameters())
+
+
+def test_average_before_the_first_step_is_the_weights():
+    """A script that validates first would fail there."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=9, averaging=True)
+    before = everything(model)
+    with optimizer.averaged(model):
+        assert_untouched(model, before)

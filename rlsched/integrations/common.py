@@ -40,7 +40,7 @@ def controller_of(optimizer: Optimizer, total_steps: int, options: Mapping[str, 
         return attach(optimizer, **{"total_steps": total_steps, **options})
     if options:
         raise ValueError(f"the optimizer is a ScheduledOptimizer: it takes {', '.join(options)}, not the callback")
-    if optimizer.controller.total_steps != total_steps:
+    if optimizer.controller.total_steps not in (None, total_steps):
         warn(f"total_steps={optimizer.controller.total_steps}, but training is going to take {total_steps} steps")
     return optimizer.controller
 

@@ -494,3 +494,20 @@ def test_validation_loss_that_is_missed_is_said_once(options):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="rlsched")
         fit(Validates(name="accuracy"), ScheduleCallback(**OPTIONS), **VALIDATING)
+
+
+@BOTH
+def test_fit_that_goes_on_for_longer_is_extended(wrapped, tmp_path):
+    """More epochs, the commonest reason to resume, would be refused, or trained at a learning rate of zero."""
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
+    module, callback = both(wrapped)
+    fit(module, callback, keep, enable_checkpointing=True)
+    assert callback.controller.total_steps == STEPS
+    module = Module(lambda p: scheduled(p, 2 * STEPS)) if wrapped else Module()
+    callback = ScheduleCallback(**({} if wrapped else OPTIONS))
+    ckpt_path = tmp_path / f"step={2 * BATCHES}.ckpt"
+    fit(module, callback, keep, enable_checkpointing=True, max_epochs=2 * EPOCHS, ckpt_path=ckpt_path)
+    controller = callback.controller
+    assert controller.total_steps == controller.step_count == 2 * STEPS
+    assert controller.length.base_schedule.factor(2 * BATCHES, 2 * STEPS) == 1 - 2 * BATCHES / STEPS
+    assert controller.state.window_end == 2 * STEPS

@@ -278,6 +278,19 @@ def test_resumed_run_is_bit_equal(wrapped, tmp_path):
     assert_same_weights(resumed, net)
 
 
+@BOTH
+def test_training_that_goes_on_for_longer_is_extended(wrapped, tmp_path):
+    """More epochs, the commonest reason to resume, would be refused, or trained at a learning rate of zero."""
+    saving = {"save_strategy": "steps", "save_steps": 7}
+    run(wrapped, folder=tmp_path, **saving)
+    longer = {"num_train_epochs": 2 * EPOCHS, "resume": tmp_path / "checkpoint-14"}
+    _, callback, _ = run(wrapped, 2 * STEPS, folder=tmp_path, **longer)
+    controller = callback.controller
+    assert controller.total_steps == controller.step_count == 2 * STEPS
+    assert controller.length.base_schedule.factor(14, 2 * STEPS) == 1 - 14 / STEPS
+    assert controller.state.window_end == 2 * STEPS
+
+
 def learning_rates(it):
     """What a Trainer has logged."""
     return [logs["learning_rate"] for logs in it.state.log_history if "learning_rate" in logs]
