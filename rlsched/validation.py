@@ -59,4 +59,4 @@ def as_float(loss: Tensor | float) -> float:
         raise ValueError(f"loss must be one number, got a tensor of shape {tuple(loss.shape)}")
     if isinstance(loss, str) or not hasattr(loss, "__float__"):
         raise TypeError(f"loss must be a number or a 0-d tensor, got {type(loss).__name__}")
-    return float(loss)
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)

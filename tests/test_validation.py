@@ -56,7 +56,9 @@ def test_ranks_agree_on_what_one_of_them_or_all_have_heard():
     assert same(agreed([unseen(), unseen()]), unseen())
 
 
-@pytest.mark.parametrize("loss", [1, 1.0, torch.tensor(1.0), torch.tensor([1.0], dtype=torch.bfloat16)])
+@pytest.mark.parametrize(
+    "loss", [1, 1.0, torch.tensor(1.0), torch.tensor([1.0], dtype=torch.bfloat16), torch.ones(()).requires_grad_()]
+)
 def test_number_is_taken_as_a_user_has_it(loss):
     """What `observe` takes, and what a metric returns, would be refused."""
     assert as_float(loss) == 1.0 and type(as_float(loss)) is float
