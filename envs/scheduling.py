@@ -17,7 +17,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlsched import schedule, signals
+from rlsched import schedule
 from rlsched.base_schedule import BaseSchedule, named_base_schedule
 from rlsched.control import CONTROL_NAMES, CONTROLS, LR, base_values, control_table
 from rlsched.envs.mixtures import mixture
@@ -28,6 +28,8 @@ from rlsched.moments import Moments
 from rlsched.policy import checked_names
 from rlsched.schedule import ScheduleState
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS, observation_table
+from rlsched.summary import summarise
+from rlsched.validation import Validation, unseen, validated
 
 REWARDS = ("validation", "best", "training")
 WORST_RISE = 2.0  # e-folds: the most that an episode's return can fall below zero
@@ -40,6 +42,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
 
     ## Observation space
     {observations}
+
+    Validation losses are told as they are measured, in those episodes whose set-up tells them.
 
     ## Action space
     `Box(-1, 1, ({controls_count},))`. The zero action leaves the schedule on its course: the base schedule.
@@ -254,9 +258,8 @@ class _Group:
         self.state = schedule.begin(self.run, self.base, probing=False)
         self.held = schedule.hyperparameters(self.run, self.state, self.base)  # since the last decision
         self.first_loss = zeros()  # of the kind that is rewarded
-        self.validation_loss = zeros()
         self.train_loss = zeros()
-        self.best_loss, self.best_steps, self.since_best = zeros(), zeros(), zeros()
+        self.validation = unseen(zeros())
         self.windows = zeros()  # done in the episode
         self.drop = zeros()  # sum of the episode's rewards
 
@@ -268,7 +271,7 @@ class _Group:
         self.run, self.base = training.run(), _base(training)
         run, base = training.run(slots), _base(training, slots)
         state = schedule.begin(run, base, probing=safe_start)
-        validation_loss = training.validation_loss(slots)
+        validation = validated(unseen(0.0 * state.step), training.validation_loss(slots), state.step)
         values = schedule.values(run, state, base, interface.base_schedule, state.step.unsqueeze(0))
         moments = training.first_step(slots, values, state.step)
         state = state._replace(step=state.step + 1)
@@ -276,16 +279,16 @@ class _Group:
         seen = self._as_reported(moments, slots)
         if safe_start:
             state = schedule.start(state, schedule.probe(run, state, seen))
-        observation, state = schedule.observe(run, state, signals.summarise(seen), interface.observations)
+        told = self._as_told(validation, slots)
+        observation, state = schedule.observe(run, state, summarise(seen), interface.observations, told)
         held = schedule.values(run, state, base, interface.base_schedule, 0 * state.step)
 
         self.observation[slots] = observation
         self.state, self.held = _with_rows(self.state, slots, state), _with_rows(self.held, slots, held)
         self.train_loss = _with_rows(self.train_loss, slots, train_loss)
-        self.validation_loss = _with_rows(self.validation_loss, slots, validation_loss)
-        self.best_loss = _with_rows(self.best_loss, slots, validation_loss)
-        self.first_loss[slots] = train_loss if self._rewarded == "training" else validation_loss
-        for counted in (self.best_steps, self.since_best, self.windows, self.drop, self.reward):
+        self.validation = _with_rows(self.validation, slots, validation)
+        self.first_loss[slots] = train_loss if self._rewarded == "training" else validation.loss
+        for counted in (self.windows, self.drop, self.reward):
             counted[slots] = 0.0
         self.done[slots], self.finite[slots] = False, True
 
@@ -300,46 +303,43 @@ class _Group:
         moments = training.window(values, state.step)
         self.held = {**values, LR.name: values[LR.name][0]}
         state = state._replace(step=state.step + training.task.interval)
-        window = signals.summarise(self._as_reported(moments))
-        self.observation, self.state = schedule.observe(run, state, window, interface.observations)
         self.train_loss = moments.loss.mean(-1) / training.settings.loss_scale
         self.windows += 1
-        ended = self.state.step >= run.total_steps
-        self._validate(ended)
+        ended = state.step >= run.total_steps
+        self._validate(state.step, ended)
+        window, told = summarise(self._as_reported(moments)), self._as_told(self.validation)
+        self.observation, self.state = schedule.observe(run, state, window, interface.observations, told)
 
-        finite = self.validation_loss.isfinite() & training.networks.params.isfinite().all(-1)
+        finite = self.validation.loss.isfinite() & training.networks.params.isfinite().all(-1)
         finite &= moments.loss.isfinite().all(-1) & moments.grad_norm.isfinite().all(-1)
-        losses = {"validation": self.validation_loss, "best": self.best_loss, "training": self.train_loss}
+        losses = {"validation": self.validation.loss, "best": self.validation.best, "training": self.train_loss}
         drop = (self.first_loss / losses[self._rewarded].clamp(min=1e-12)).log().clamp(min=-WORST_RISE)
         drop = torch.where(finite & drop.isfinite(), drop, -WORST_RISE)
         self.reward = drop - self.drop
         self.drop = drop
         self.finite, self.done = finite, ~finite | ended
         if training.task.patience is not None:
-            self.done |= self.since_best >= training.task.patience
+            self.done |= self.validation.since_best >= training.task.patience
 
-    def _validate(self, ended: Tensor) -> None:
-        """Measure the validation loss of the networks whose turn it is."""
-        training = self.training
+    def _validate(self, step: Tensor, ended: Tensor) -> None:
+        """Measure the validation loss of the networks whose turn it is, after so many inner steps."""
+        training, before = self.training, self.validation
         due = ended | (self.windows % training.task.validation_interval == 0)
         if due.all():
-            self.validation_loss = training.validation_loss()
+            self.validation = validated(before, training.validation_loss(), step)
         elif due.any():
-            self.validation_loss = self.validation_loss.clone()
-            self.validation_loss[due] = training.validation_loss(due.nonzero()[:, 0].tolist())
-        better = due & (self.validation_loss < self.best_loss)
-        self.since_best = torch.where(better, 0.0, self.since_best + due)
-        self.best_loss = torch.where(better, self.validation_loss, self.best_loss)
-        self.best_steps = torch.where(better, self.state.step, self.best_steps)
+            slots = due.nonzero()[:, 0].tolist()
+            rows = Validation(*(known[slots] for known in before))
+            self.validation = _with_rows(before, slots, validated(rows, training.validation_loss(slots), step[slots]))
 
     def info(self) -> dict[str, Tensor]:
         return {
             **{name: self.held[name] for name in CONTROLS},
             "train_loss": self.train_loss,
-            "validation_loss": self.validation_loss,
-            "best_validation_loss": self.best_loss,
-            "best_inner_steps": self.best_steps,
-            "since_best": self.since_best,
+            "validation_loss": self.validation.loss,
+            "best_validation_loss": self.validation.best,
+            "best_inner_steps": self.validation.best_step,
+            "since_best": self.validation.since_best,
             "inner_steps": self.state.step,
             "total_steps": self.run.total_steps,
             "adaptive": self.run.adaptive,
@@ -351,6 +351,13 @@ class _Group:
         told = self.training.settings.loss_reported[slots].unsqueeze(-1) > 0
         return moments._replace(loss=torch.where(told, moments.loss, torch.nan))
 
+    def _as_told(self, validation: Validation, slots: Slots = ALL) -> Validation:
+        """What the policy gets to see of the validation losses: with the factor on the loss, or nothing."""
+        settings = self.training.settings
+        told, scale = settings.validation_reported[slots] > 0, settings.loss_scale[slots]
+        scaled = validation._replace(loss=scale * validation.loss, best=scale * validation.best)
+        return Validation(*(torch.where(told, known, torch.nan) for known in scaled))
+
 
 def _base(training: InnerTraining, slots: Slots = ALL) -> dict[str, Any]:
     """The hyperparameters that the episodes in `slots` have without a policy, those of no control included."""
@@ -360,8 +367,8 @@ def _base(training: InnerTraining, slots: Slots = ALL) -> dict[str, Any]:
 
 def _with_rows(value: Any, slots: list[int], rows: Any) -> Any:
     """A tensor, or a dictionary or named tuple of them, with other rows at `slots`; what was there stays as it is."""
-    if isinstance(value, ScheduleState):
-        return ScheduleState(*(_with_rows(v, slots, r) for v, r in zip(value, rows, strict=True)))
+    if isinstance(value, ScheduleState | Validation):
+        return type(value)(*(_with_rows(v, slots, r) for v, r in zip(value, rows, strict=True)))
     if isinstance(value, dict):
         return {name: _with_rows(v, slots, rows[name]) for name, v in value.items()}
     if value is None:

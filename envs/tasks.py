@@ -32,6 +32,7 @@ class TrainingSetup(NamedTuple):
     loss_scale: float  # factor on the loss
     gain: float  # factor on the initial weights
     loss_reported: bool  # whether the policy sees the loss
+    validation_reported: bool  # and the validation losses
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -57,11 +58,14 @@ class SetupDistribution:
     other_momentum: float = setting(0.3, "probability of a momentum between 0.5 and 0.98 in place of 0.9")
     loss_scale: tuple[float, float] = setting((0.1, 10.0), "factor on the loss")
     gain: tuple[float, float] = setting((0.3, 2.0), "factor on the weight matrices that the network begins with")
-    no_loss: float = setting(0.05, "probability that the policy is not told the loss")
+    no_loss: float = setting(0.05, "probability that the policy is told no loss")
+    no_validation: float = setting(
+        0.5, "probability that the policy is told no validation loss, where it is told the loss"
+    )
 
     def __post_init__(self) -> None:
         check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay", "loss_scale", "gain")
-        check_probabilities(self, "no_momentum", "other_momentum", "no_loss")
+        check_probabilities(self, "no_momentum", "other_momentum", "no_loss", "no_validation")
         weights = self.optimizers.values()
         if not set(self.optimizers) <= set(OPTIMIZERS) or not weights or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"optimizers must give some of {list(OPTIMIZERS)} a weight, got {dict(self.optimizers)}")
@@ -90,7 +94,8 @@ class SetupDistribution:
             batch_size=int(rng.choice(batch_sizes)),
             loss_scale=loss_scale,
             gain=log_uniform(rng, *self.gain),
-            loss_reported=bool(rng.random() >= self.no_loss),
+            loss_reported=(told := rng.random()) >= self.no_loss,
+            validation_reported=told >= self.no_loss + (1 - self.no_loss) * self.no_validation,
         )
 
 

@@ -70,6 +70,7 @@ class Settings(NamedTuple):
     weight_decay: Tensor
     loss_scale: Tensor
     loss_reported: Tensor  # 1 where the policy sees the loss, else 0
+    validation_reported: Tensor  # and the validation losses
     points: Tensor  # training points, int64
     batch_size: Tensor  # int64
     seed: Tensor  # of the mini-batches, int64

@@ -8,6 +8,7 @@ need the ``train`` extra and are imported by name.
 from pathlib import Path
 
 from rlsched.frozen import FrozenSchedule
+from rlsched.length import steps_of
 from rlsched.optimizer import Controller, ScheduledOptimizer, attach
 from rlsched.policy import SchedulePolicy
 from rlsched.safety import DivergenceError, Intervention
@@ -22,6 +23,7 @@ __all__ = [
     "ScheduledOptimizer",
     "__version__",
     "attach",
+    "steps_of",
 ]
 
 # In a clone without symbolic links (Windows), envs/, agents/ and experiments/ are found beside this package.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from rlsched.number import Number, clamp
@@ -32,6 +32,28 @@ class BaseSchedule:
             if left != right:
                 factor = factor + (right - left) * ((clamp(progress, start, end) - start) / (end - start))
         return factor + 0 * progress  # of the shape of `step`, constant or not
+
+    @property
+    def peak(self) -> float:
+        """The last fraction of the run at which the factor is the highest."""
+        highest = max(factor for _, factor in self.knots)
+        return max(fraction for fraction, factor in self.knots if factor == highest)
+
+    def held(self) -> BaseSchedule:
+        """The highest factor throughout."""
+        highest = max(factor for _, factor in self.knots)
+        return replace(self, knots=((0.0, highest), (1.0, highest)))
+
+    def rest(self, progress: float, new: float) -> BaseSchedule:
+        """What is left of it after the fraction `progress` of a run, for a run of another length.
+
+        The other run follows it from its own fraction `new` to its end, at a pace that makes both end together. Before
+        that it has the factor that holds there, so that nothing jumps.
+        """
+        factor = self.factor(progress, 1.0)
+        left = [knot for knot in self.knots if knot[0] > progress and new < 1]
+        moved = {1 - (1 - fraction) / (1 - progress) * (1 - new): value for fraction, value in left}
+        return replace(self, knots=tuple(sorted({0.0: factor, new: factor, 1.0: factor, **moved}.items())))
 
     def steps_of_knots(self, total_steps: int) -> set[int]:
         """The inner steps on both sides of each knot: between them the factor is linear in the step."""

@@ -12,7 +12,14 @@ from rlsched.frozen import Window
 from rlsched.meter import MeterState
 from rlsched.safety import GuardState, Intervention
 from rlsched.schedule import ScheduleState
+from rlsched.validation import Validation
 
+KINDS: Mapping[str, Any] = {
+    "schedule": ScheduleState,
+    "meter": MeterState,
+    "guard": GuardState,
+    "validation": Validation,
+}
 STATE_KEY = "rlsched"  # of the bytes in a state_dict
 
 
@@ -25,6 +32,9 @@ class Saved(NamedTuple):
     bases: list[dict[str, float]]  # what the user gave each parameter group, by control
     windows: list[Window]  # what was decided
     skipped: int  # calls of step without any gradient
+    total_steps: int | None  # None while the length of the run is not known
+    validation: Validation
+    kept: dict[str, Any]  # copies of the weights, see `KeptWeights.state`
 
 
 def packed(saved: Saved, identity: Mapping[str, Any]) -> dict[str, bytes]:
@@ -59,7 +69,7 @@ def unpacked(state_dict: Mapping[str, Any], identity: Mapping[str, Any]) -> Save
     try:
         plain["guard"]["interventions"] = tuple(Intervention(*each) for each in plain["guard"]["interventions"])
         plain["windows"] = [Window(**window) for window in plain["windows"]]
-        for name, kind in (("schedule", ScheduleState), ("meter", MeterState), ("guard", GuardState)):
+        for name, kind in KINDS.items():
             plain[name] = kind(**plain[name])
         return Saved(**plain)
     except (KeyError, TypeError) as error:

@@ -6,24 +6,30 @@ import copy
 import logging
 import math
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched import schedule, signals
+from rlsched import distributed, schedule
 from rlsched.checkpoint import Saved, packed, unpacked
 from rlsched.control import CONTROLS, LR
-from rlsched.frozen import FrozenSchedule, Window
+from rlsched.frozen import FrozenSchedule
 from rlsched.hyperparameters import ParameterGroups
+from rlsched.length import Length
 from rlsched.meter import Meter
 from rlsched.number import Number
 from rlsched.options import ScheduleOptions, shows_options
 from rlsched.safety import Guard, Intervention
 from rlsched.signals import Run
+from rlsched.summary import summarise
 from rlsched.tensorboard import RunLog
+from rlsched.training_run import TrainingRun
 from rlsched.traits import OWN_SCALE_TRUST
+from rlsched.validation import agreed, unseen
+from rlsched.weights import KeptWeights
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -32,7 +38,7 @@ if TYPE_CHECKING:
     from rlsched.options import Options
 
 
-class Controller:
+class Controller(TrainingRun):
     """Drives one optimizer. `ScheduledOptimizer` and `attach` are its two faces; the former documents the arguments.
 
     Attributes:
@@ -40,12 +46,15 @@ class Controller:
         options: the arguments.
         policy: what decides, loaded.
         log: what is written for TensorBoard, a `RunLog`.
-        run: what is known of the run before it starts.
+        length: how long the run is, a `Length`.
+        run: what is known of it before it starts, its length and that of its windows as they are now.
         state: where its schedule is, a `ScheduleState`.
         groups: the optimizer's hyperparameters, a `ParameterGroups`: as the user gave them, and as decided.
         meter: what is measured of the inner steps, a `Meter`.
         guard: what keeps the run alive, a `Guard`.
         windows: what held from one decision to the next, so far.
+        validation: what is known of the validation losses, a `Validation`.
+        kept: copies of the weights, a `KeptWeights`.
         proposal: the hyperparameters of the first group by control, as last decided.
         skipped: calls of step without any gradient.
     """
@@ -58,15 +67,18 @@ class Controller:
         self.log = RunLog(given.log_dir, given.writer)
         self.groups = ParameterGroups(optimizer, lr_bounds=given.lr_bounds, follow_scheduler=given.follow_scheduler)
         traits, base = self.groups.traits, self.groups.bases[0]
-        interval = schedule.decision_interval(given.total_steps, given.decisions)
         trust = given.trust or (OWN_SCALE_TRUST if traits.own_scale else math.inf)
         adaptive, sums = 1 if traits.adaptive else -1, int(traits.sums_gradients)
-        self.run = Run(given.total_steps, interval, adaptive, sums, math.log(trust))
+        self.length = Length(given.total_steps, given.decisions, self.policy.base_schedule)
+        self.run = self.length.measured(Run(0, 0, adaptive, sums, math.log(trust)), 0)
         chosen = set(self.policy.controls) & set(given.controls)
         self._moving = tuple(n for n, control in CONTROLS.items() if n in chosen and control.can_move(base[n]))
         self._written = () if given.shadow else self._moving
         self.meter = Meter(
-            interval, has_momentum=base["momentum"] > 0, max_grad_norm=given.max_grad_norm, watches=given.shadow
+            self.run.interval,
+            has_momentum=base["momentum"] > 0,
+            max_grad_norm=given.max_grad_norm,
+            watches=given.shadow,
         )
         self.guard = Guard(
             optimizer,
@@ -80,23 +92,16 @@ class Controller:
         )
         probing = self.policy.safe_start and LR.name in self._written and not traits.own_scale
         self.state = schedule.begin(self.run, base, probing=probing, memory=self.policy.begin())
+        self.validation = unseen()
+        self.kept = KeptWeights(optimizer, keep_best=given.keep_best, averaging=given.averaging)
         self.skipped = 0
         self.proposal: dict[str, float] = {}
         self._warned: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
         self._hold()
-        self.windows = [self._window()]
-
-    @property
-    def step_count(self) -> int:
-        """Inner steps done."""
-        return int(self.state.step)
-
-    @property
-    def total_steps(self) -> int:
-        """Inner steps in the run."""
-        return self.options.total_steps
+        self.windows = []
+        self._note_window()
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -112,6 +117,7 @@ class Controller:
     @torch.compiler.disable
     def prepare_step(self, loss: Tensor | float | None = None) -> None:
         """Measure the gradients, clip them, and set the hyperparameters of the step to come."""
+        self.kept.refuse_to_train()
         if loss is not None:
             self.meter.report(loss)
         parameters = self._parameters()
@@ -139,10 +145,11 @@ class Controller:
             self._set_hyperparameters()
         if state.step == restored_at:  # the gradients are of weights that are no more
             self.meter.skip_step()
+            self.kept.average_anew()
             for p in parameters:
                 p.grad = None
             return
-        is_last = state.window_end >= self.total_steps  # nobody looks at the last window
+        is_last = state.window_end >= self.run.total_steps  # nobody looks at the last window
         buffers, multiple = self.groups.momentum_buffers, self.groups.decided[0]["clip"]
         measured = parameters, grads, whole_loss, norm
         self.meter.begin_step(*measured, state, is_last=is_last, buffers=buffers, multiple=multiple)
@@ -153,7 +160,8 @@ class Controller:
         if self.meter.finish_step():
             self.state = self.state._replace(step=self.state.step + 1)
             self.groups.after_step()
-        if self.state.step == self.total_steps:
+            self.kept.after_step()
+        if self.state.step == self.run.total_steps:
             self.log.close()
 
     @torch.compiler.disable
@@ -165,13 +173,14 @@ class Controller:
     # --- Deciding ---------------------------------------------------------------------------------------------------
 
     def _decide(self, loss: Number | None) -> None:
-        run, before, guard = self.run, self.state, self.guard
+        run = self.run = self.length.measured(self.run, self.step_count)
+        before, guard = self.state, self.guard
         window = self.meter.window(before.step - before.window_start)
         if before.probing:
             before = self.state = guard.judge_probe(run, before, window)
             if before.probing:
                 return self._open_window(1)
-        summary = signals.summarise(window)
+        summary = summarise(window)
         if not self.meter.loss_was_reported and math.isnan(summary.loss):  # nor on another rank
             self._warn(
                 "no loss",
@@ -185,7 +194,8 @@ class Controller:
             )
         if self.options.shadow:
             before = before._replace(control=self.groups.states_in_use(before, self._decay()))
-        observation, state = schedule.observe(run, before, summary, self.policy.observations)
+        self.validation = agreed(distributed.of_all_ranks(self.validation, self._parameters()[0].device))
+        observation, state = schedule.observe(run, before, summary, self.policy.observations, self.validation)
         action, memory = self.policy.act(observation, state.memory)
         actions = dict(zip(self.policy.controls, action.tolist(), strict=True))
         state = schedule.move(run, state, {name: actions[name] for name in self._moving}, memory)
@@ -204,34 +214,29 @@ class Controller:
         self.log.decision(self, summary, observation, actions, base_lr)
 
     def _open_window(self, length: int) -> None:
-        self.meter.clear()
+        self.meter.clear(self.run.interval)
         self.state = schedule.open_window(self.run, self.state, length)
         self._hold()
-        self.windows.append(self._window())
+        self._note_window()
 
     def _hold(self) -> None:
         """Work out what holds until the next decision."""
         self.meter.learn_ranks(self._parameters())
         self.groups.decide(self.run, self.state)
 
-    def _window(self) -> Window:
-        state = self.state
-        return Window(self.step_count, bool(state.probing), schedule.moved(state), state.control)
-
     def _decay(self) -> float:
         """The base schedule's factor on the base learning rate."""
-        return schedule.decay(self.run, self.state, self.policy.base_schedule, self.state.step)
+        return schedule.decay(self.run, self.state, self.length.base_schedule, self.state.step)
 
     def _set_hyperparameters(self) -> None:
-        if self.state.step == self.total_steps:
+        if self.step_count == self.run.total_steps + self.length.margin():
             self._warn(
                 "too long",
-                f"training goes on after total_steps={self.total_steps}: the learning rate stays where it ended",
+                f"training goes on after total_steps={self.total_steps}: the learning rate stays where it ended; "
+                "extend(total_steps) gives the run another length",
             )
-        decay = usual_decay = self._decay()
-        if self.state.probing:
-            usual_decay = self.policy.base_schedule.factor(self.state.step, self.total_steps)
-        if self.groups.write(decay, self._written, usual_decay):
+        usual_decay = self.policy.base_schedule.factor(self.step_count, self.run.total_steps)
+        if self.groups.write(self._decay(), self._written, usual_decay):
             self._warn(
                 "scheduler",
                 "a torch scheduler, or other code, has changed the learning rate, which has no effect: take it away, "
@@ -243,7 +248,8 @@ class Controller:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on, as bytes. Of a sharded model all ranks have to call this."""
         parts = self.state, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
-        return packed(Saved(*parts), self._identity())
+        kept = self.kept.state()
+        return packed(Saved(*parts, self.total_steps, self.validation, kept), self._identity())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was.
@@ -251,22 +257,35 @@ class Controller:
         Snapshots are not in the state: the next one is taken at a decision that finds the run well, and a probe that
         has gone too far just before is not undone.
 
+        A state of a run of another length is extended to the `total_steps` of this one (see `extend`), or goes on to
+        its own if this one has none.
+
         Raises:
-            ValueError: the state is of a run with another policy, other controls, total_steps or decisions, of another
-                rlsched, or of no controller at all.
+            ValueError: the state is of a run with another policy, other controls or decisions, that has done more than
+                `total_steps`, of another rlsched, or of no controller at all.
         """
-        self.state, measured, self.guard.state, bases, self.windows, self.skipped = unpacked(
-            state_dict, self._identity()
-        )
+        saved, asked = unpacked(state_dict, self._identity()), self.total_steps
+        done = int(saved.schedule.step)
+        if asked is not None and asked != saved.total_steps and asked < done:
+            raise ValueError(f"state_dict is of a run that has done {done} steps, this one has total_steps={asked}")
+        self.kept.load(saved.kept)
+        self.state, measured, self.guard.state, bases, self.windows, self.skipped, total, self.validation, _ = saved
+        base, last = self.policy.base_schedule, self.windows[-1]
+        base = base if total is None else replace(base, knots=last.knots)
+        self.length = self.length._replace(total_steps=total, schedule=base)
+        self.run = self.length.measured(self.run, last.start)
+        self.meter.interval = self.run.interval
         self.guard.snapshot = None
         self.meter.load(measured, self._parameters()[0].device)
         self.groups.load(bases)
+        if asked is not None:
+            self._end_at(asked)
         self._hold()
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other was."""
-        run = {"total_steps": self.total_steps, "interval": self.run.interval}
-        return {**run, "policy": self.policy.digest, "controls": list(self._moving)}
+        decisions, policy = self.length.decisions, self.policy.digest
+        return {"decisions": decisions, "policy": policy, "controls": list(self._moving)}
 
     def __getstate__(self) -> dict[str, Any]:
         guard = copy.copy(self.guard)
@@ -283,17 +302,19 @@ class Controller:
 
         Raises:
             ValueError: the run follows a torch scheduler, or is in shadow mode, so that the learning rate was not the
-                policy's.
+                policy's; or nobody knows how long it is.
         """
         for name, whose in (("follow_scheduler", "a torch scheduler's"), ("shadow", "the user's own")):
             if getattr(self.options, name):
                 raise ValueError(f"{name}=True: the learning rate was {whose}, so there is no schedule to freeze")
+        if self.total_steps is None:
+            raise ValueError("total_steps=None: what has no end cannot be frozen; finish(steps) gives the run one")
         if self.state.window_end < self.total_steps:
             self._warn(
                 "unfinished",
                 f"the run is at step {self.step_count} of {self.total_steps}: its last decision is held to the end",
             )
-        return FrozenSchedule.of(self.windows, self.total_steps, self.groups.bases, self.policy.base_schedule)
+        return FrozenSchedule.of(self.windows, self.groups.bases, self.policy.base_schedule)
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
@@ -307,8 +328,9 @@ class Controller:
     def __repr__(self) -> str:
         now = ", ".join(f"{name}={value:.4g}" for name, value in self.proposal.items())
         mode = "shadow, " if self.options.shadow else "probing, " if self.state.probing else ""
+        steps = "unknown" if self.total_steps is None else self.total_steps
         return (
-            f"Controller(step {self.step_count} of {self.total_steps}, {mode}{len(self.windows) - 1} decisions"
+            f"Controller(step {self.step_count} of {steps}, {mode}{len(self.windows) - 1} decisions"
             f"{': ' + now if now else ''}, {len(self.interventions)} interventions, {self.policy!r})"
         )
 

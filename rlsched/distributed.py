@@ -35,6 +35,31 @@ def local(tensor: Any) -> Any:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def whole(tensor: Any) -> Any:
+    """The whole of a tensor; of a sharded one all ranks have to call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def part(whole: Tensor, like: Any) -> Any:
+    """A whole tensor, spread over the ranks as another one is, and on its device; all ranks have to call this."""
+    whole = whole.to(like.device)
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements)
+
+
+def of_all_ranks(numbers: Sequence[float], device: torch.device) -> list[list[float]]:
+    """Some numbers of each rank, the same on all of them; `device` is where the process group communicates."""
+    if ranks() == 1:
+        return [list(numbers)]
+    mine = torch.tensor(numbers, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(ranks())]
+    dist.all_gather(rows, mine)
+    return [row.tolist() for row in rows]
+
+
 def rank_weights(parameters: Sequence[Tensor]) -> list[float] | None:
     """The weight of what this rank holds of each parameter, in sums over all ranks; None if no parameter is sharded.
 

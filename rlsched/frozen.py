@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ class Window(NamedTuple):
     probing: bool
     moved: dict[str, float]  # how far each control was from its origin
     control: dict[str, float]  # state of each control
+    total_steps: int  # in the run, as far as was known
+    knots: tuple[tuple[float, float], ...]  # of the base schedule over them
 
 
 @dataclass(frozen=True)
@@ -83,19 +85,25 @@ class FrozenSchedule:
 
     @classmethod
     def of(
-        cls, windows: Sequence[Window], total_steps: int, bases: Sequence[Mapping[str, float]], schedule: BaseSchedule
+        cls, windows: Sequence[Window], bases: Sequence[Mapping[str, float]], schedule: BaseSchedule
     ) -> FrozenSchedule:
-        """The schedule of a run of `windows`, the first of which starts at 0, with groups of these base values."""
+        """The schedule of a run of `windows`, the first of which starts at 0, with groups of these base values.
+
+        The run is as long as its last window knows it. `schedule` has the name of the base schedule.
+        """
+        total_steps = windows[-1].total_steps
+        windows = [window for window in windows if window.start < total_steps]
         starts = [window.start for window in windows]
         ends = [start - 1 for start in (*starts[1:], total_steps)]
-        bends = schedule.steps_of_knots(total_steps)
         steps: list[int] = []
         lr_factors: list[float] = []
         values: dict[str, list[float]] = {name: [] for name in CONTROLS if name != LR.name}
         for window, end in zip(windows, ends, strict=True):
             held = decided({**bases[0], LR.name: 1.0}, window.moved, 0)  # 0: without what makes up for momentum
+            base, last = replace(schedule, knots=window.knots), window.total_steps - 1  # after it the factor stays
+            bends = base.steps_of_knots(window.total_steps) | {last}
             for step in sorted({window.start, end} | {step for step in bends if window.start < step < end}):
-                decay = 1.0 if window.probing else schedule.factor(step, total_steps)
+                decay = 1.0 if window.probing else base.factor(min(step, last), window.total_steps)
                 steps.append(step)
                 lr_factors.append(decay * held[LR.name])
                 for name, row in values.items():

@@ -80,7 +80,8 @@ class ParameterGroups:
         Args:
             decay: the base schedule's factor on the base learning rate.
             controls: names of controls.
-            usual_decay: the same if there were no probe. A scheduler that a framework makes by itself may set that.
+            usual_decay: the same of a run of this length without a probe. A scheduler that a framework makes by itself
+                may set that.
 
         Returns:
             Whether somebody else has changed a learning rate in vain.

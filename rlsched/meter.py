@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlsched import distributed, moments
+from rlsched.accumulation import BackwardPasses
 from rlsched.moments import Moments
-from rlsched.number import Number
+from rlsched.number import Number, checked_loss
 from rlsched.parameter_sample import (
     CLIP_COEFFICIENT,
     COLUMNS,
@@ -24,9 +23,6 @@ from rlsched.parameter_sample import (
     moments_of,
 )
 from rlsched.schedule import ScheduleState
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 LARGEST = torch.finfo(torch.float32).max  # loss in a record
 LARGEST_NORM = 1e18  # a larger gradient has a square that is not finite in single precision
@@ -88,7 +84,8 @@ class Meter:
         """
         is_quotient = isinstance(loss, Tensor) and loss.grad_fn is not None and loss.grad_fn.name() == "DivBackward0"
         self._backward.losses_are_quotients = is_quotient
-        self._losses.append(checked_loss("loss", loss))
+        loss = checked_loss("loss", loss)
+        self._losses.append(loss.item() if isinstance(loss, Tensor) and on_host(loss) else loss)
 
     def local_grads(self, parameters: Sequence[Tensor]) -> list[Tensor]:
         """The gradients that there are, of what this rank holds.
@@ -230,9 +227,13 @@ class Meter:
         assert last is not None
         return moments_of(self._whole_records()[: last + 1])
 
-    def clear(self) -> None:
-        """Begin a window."""
+    def clear(self, interval: int) -> None:
+        """Begin a window of at most `interval` inner steps."""
+        self.interval = interval
         if self.records is not None:
+            rows = min(interval, MAX_RECORDS)
+            if len(self.records) != rows:
+                self.records = self.records.new_empty(rows, COLUMNS)
             self.records.fill_(torch.nan)
 
     def _whole_records(self) -> Tensor:
@@ -283,23 +284,6 @@ def row_of(column: int, length: int) -> int | None:
     return None if column % every else column // every
 
 
-def checked_loss(name: str, loss: Any) -> Number:
-    """A loss as a float, or on an accelerator as a 0-d tensor.
-
-    Raises:
-        TypeError: it is no real number.
-        ValueError: it is a tensor of several numbers.
-    """
-    if isinstance(loss, Tensor) and not loss.is_complex():
-        if loss.numel() != 1:
-            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(loss.shape)}")
-        return loss.item() if on_host(loss) else loss.detach().reshape(())
-    if isinstance(loss, Real) and not isinstance(loss, bool):
-        return float(loss)
-    what = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else f"{loss!r} of {type(loss).__name__}"
-    raise TypeError(f"{name} must be a real number, or a tensor of one, got {what}")
-
-
 def on_host(tensor: Tensor) -> bool:
     """Whether a number in `tensor` can be read without waiting for an accelerator."""
     return tensor.device.type == "cpu"
@@ -317,44 +301,6 @@ def leave_out_unless(finite: Tensor | bool, parameters: Iterable[Tensor]) -> Non
     elif not finite:
         for p in parameters:
             p.grad = None
-
-
-class BackwardPasses:
-    """Counts the backward passes of a step, to tell a loss that was divided by their number before it was reported."""
-
-    def __init__(self) -> None:
-        self.losses_are_quotients = False
-        self._passes = 0
-        self._watched: Tensor | None = None
-        self._handle: RemovableHandle | None = None
-
-    def watch(self, parameters: Sequence[Tensor]) -> None:
-        """Count the gradients that arrive at the first parameter that gets any."""
-        first = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
-        if first is not self._watched:
-            self.detach()
-            this = weakref.ref(self)
-
-            def count(_: Tensor) -> None:
-                if (counter := this()) is not None:
-                    counter._passes += 1
-
-            self._watched = first
-            self._handle = None if first is None else first.register_post_accumulate_grad_hook(count)
-
-    def parts(self) -> int:
-        """The number of parts that the losses of a step were divided into; the next step begins."""
-        parts = self._passes if self.losses_are_quotients else 1
-        self._passes, self.losses_are_quotients = 0, False
-        return max(1, parts)
-
-    def detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self._watched = self._handle = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watched": None, "_handle": None}
 
 
 def _mean(losses: list[Number], device: torch.device) -> Number | None:

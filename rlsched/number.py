@@ -7,7 +7,9 @@ numbers, one for each inner step, is a tuple of floats or a tensor whose last di
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +17,21 @@ from torch import Tensor
 
 Number: TypeAlias = Any  # float | Tensor, and both sides of an operator are one or the other
 Series: TypeAlias = Any  # tuple[float, ...] | Tensor, (*batch, steps)
+
+
+def checked_count(argument: str, value: Any, of: str) -> int:
+    """A positive number of something, of any type of integer, as an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        count = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = 0
+    if count <= 0:
+        raise ValueError(f"{argument} must be a positive int, the number of {of}, got {value!r}")
+    return count
 
 
 def log(x: Number) -> Number:
@@ -71,3 +88,20 @@ def deviation(series: Series, average: Number) -> Number:
     if isinstance(series, Tensor):
         return mean((series - average.unsqueeze(-1)).square()).sqrt()
     return math.sqrt(x) if (x := mean([(x - average) * (x - average) for x in series])) == x else math.nan
+
+
+def checked_loss(name: str, loss: Any) -> Number:
+    """A loss as a float, or as a 0-d tensor without a gradient if it is one.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is a tensor of several numbers.
+    """
+    if isinstance(loss, Tensor) and not loss.is_complex():
+        if loss.numel() != 1:
+            raise ValueError(f"{name} must be one number, got a tensor of shape {tuple(loss.shape)}")
+        return loss.detach().reshape(())
+    if isinstance(loss, Real) and not isinstance(loss, bool):
+        return float(loss)
+    what = f"a tensor of {loss.dtype}" if isinstance(loss, Tensor) else f"{loss!r} of {type(loss).__name__}"
+    raise TypeError(f"{name} must be a real number, or a tensor of one, got {what}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import update_wrapper
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch.optim import LBFGS, Optimizer
 
 from rlsched.checkpoint import STATE_KEY
 from rlsched.controller import Controller
-from rlsched.frozen import FrozenSchedule
 from rlsched.options import shows_options
 
 if TYPE_CHECKING:
@@ -19,7 +19,22 @@ if TYPE_CHECKING:
 
     from rlsched.options import Options
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 __all__ = ["Controller", "ScheduledOptimizer", "attach"]
+
+
+def _of_controller(
+    method: Callable[Concatenate[Controller, P], T],
+) -> Callable[Concatenate[ScheduledOptimizer, P], T]:
+    """What the controller does, as a method of the optimizer that it drives."""
+
+    def call(self: ScheduledOptimizer, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return method(self.controller, *args, **kwargs)
+
+    update_wrapper(call, method)
+    return call
 
 
 class ScheduledOptimizer(Optimizer):
@@ -80,7 +95,11 @@ class ScheduledOptimizer(Optimizer):
 
     Args:
         optimizer: the optimizer to drive; its present learning rates and momenta are the base values.
-        total_steps: optimizer steps in the whole run, at least 1. Training on after them keeps the last learning rate.
+        total_steps: optimizer steps in the whole run, at least 1: of some epochs, `rlsched.steps_of(loader, epochs)`.
+            Training on after them keeps the last learning rate, and `extend` gives the run another length. None where
+            nobody knows: the base schedule then stays at its highest factor until `finish(steps)` says when the run
+            ends. The policy takes such a run for one in its first half, of a length that doubles as often as need be;
+            the one that ships was not trained for it.
         policy: name of a shipped policy, path to a policy file, or any `rlsched.policy.Policy`.
         controls: what the policy may change, of `rlsched.control.CONTROLS`; by default all that it knows to move.
             With none of them the learning rate follows the base schedule exactly, and all else stays.
@@ -101,6 +120,10 @@ class ScheduledOptimizer(Optimizer):
             are what the policy would make of the hyperparameters that are in use; see `Controller.proposal`.
         log_dir: folder for a TensorBoard event file with what was seen and decided.
         writer: a `SummaryWriter` to log to instead.
+        patience: `should_stop` is True when so many validations in a row have brought no new best loss; None: never.
+        keep_best: keep the weights of the best validation, for `best` and `restore_best`; as much memory as the
+            weights, and as much more of a checkpoint.
+        averaging: average the weights, for `averaged`; as much memory again, and a pass over the weights at each step.
 
     Behaviour worth knowing:
         - Gradients are clipped in place, and those of a step whose loss or gradient is not finite never reach the
@@ -179,13 +202,19 @@ class ScheduledOptimizer(Optimizer):
         self.controller.finish_step()
         return loss
 
-    def observe(self, loss: Tensor | float) -> None:
-        """Report the loss of the step to come: once, or once per micro-batch."""
-        self.controller.observe(loss)
+    observe = _of_controller(Controller.observe)
+    observe_validation = _of_controller(Controller.observe_validation)
+    averaged = _of_controller(Controller.averaged)
+    best = _of_controller(Controller.best)
+    restore_best = _of_controller(Controller.restore_best)
+    extend = _of_controller(Controller.extend)
+    finish = _of_controller(Controller.finish)
+    freeze = _of_controller(Controller.freeze)
 
-    def freeze(self) -> FrozenSchedule:
-        """The schedule that this run followed, to be replayed without a policy; see `Controller.freeze`."""
-        return self.controller.freeze()
+    @property
+    def should_stop(self) -> bool:
+        """Whether the last `patience` validations have brought no new best loss."""
+        return self.controller.should_stop
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)

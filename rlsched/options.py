@@ -6,15 +6,17 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from torch.nn import Module
 
 from rlsched.control import CONTROL_NAMES, CONTROLS
+from rlsched.number import checked_count
 from rlsched.policy import Policy, SchedulePolicy, checked_names
-from rlsched.safety import FULL, ON_DIVERGENCE, ROLLBACK, SNAPSHOTS
+from rlsched.safety import ON_DIVERGENCE, ROLLBACK
+from rlsched.snapshots import FULL, SNAPSHOTS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -26,7 +28,7 @@ T = TypeVar("T")
 class CallbackOptions(TypedDict, total=False):
     """The arguments of `rlsched.attach` by their types; a callback knows `total_steps` from its trainer."""
 
-    total_steps: int
+    total_steps: int | None
     policy: str | Path | Policy
     controls: Sequence[str]
     decisions: int
@@ -41,12 +43,15 @@ class CallbackOptions(TypedDict, total=False):
     shadow: bool
     log_dir: str | Path | None
     writer: SummaryWriter | None
+    patience: int | None
+    keep_best: bool
+    averaging: bool
 
 
 class Options(CallbackOptions, total=False):
     """The arguments of `rlsched.attach` by their types."""
 
-    total_steps: Required[int]  # type: ignore[misc] # which is required here
+    total_steps: Required[int | None]  # type: ignore[misc] # which is required here
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class ScheduleOptions:
         TypeError, ValueError: one of them is not what it can be.
     """
 
-    total_steps: int
+    total_steps: int | None
     policy: str | Path | Policy = "default"
     controls: Sequence[str] = CONTROL_NAMES
     decisions: int = 100
@@ -72,10 +77,18 @@ class ScheduleOptions:
     shadow: bool = False
     log_dir: str | Path | None = None
     writer: SummaryWriter | None = None
+    patience: int | None = None
+    keep_best: bool = False
+    averaging: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "total_steps", _positive_int("total_steps", self.total_steps))
-        object.__setattr__(self, "decisions", _positive_int("decisions", self.decisions))
+        counts = {"decisions": "decisions in a run"}
+        if self.total_steps is not None:
+            counts["total_steps"] = "optimizer steps, or None"
+        if self.patience is not None:
+            counts["patience"] = "validations, or None"
+        for name, of in counts.items():
+            object.__setattr__(self, name, checked_count(name, getattr(self, name), of))
         object.__setattr__(self, "lr_bounds", _bounds(self.lr_bounds))
         for name, at_least in (("max_grad_norm", 0), ("trust", 1)):
             value = getattr(self, name)
@@ -107,12 +120,6 @@ class ScheduleOptions:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{name} must be a positive int, got {value!r}")
-    return int(value)
 
 
 def _bounds(value: Any) -> tuple[float, float]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections import Counter
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -19,15 +16,15 @@ from rlsched.meter import Meter
 from rlsched.moments import Moments
 from rlsched.number import Number
 from rlsched.schedule import LOG_PROBE, PROBE, ScheduleState
-from rlsched.signals import FAST, Run, Summary
+from rlsched.signals import FAST, Run
+from rlsched.snapshots import FULL, WEIGHTS, Snapshot
+from rlsched.summary import Summary
 from rlsched.tensorboard import RunLog
 
 LOGGER = logging.getLogger("rlsched")
 
 CUT, ROLLBACK, RAISE = "cut", "rollback", "raise"
 ON_DIVERGENCE = (ROLLBACK, CUT, RAISE, None)  # what can be done about it
-FULL, HOST, WEIGHTS = "full", "host", "weights"
-SNAPSHOTS = (FULL, HOST, WEIGHTS)  # of weights and optimizer state; the same in host memory; of the weights alone
 LR_CUT = math.log(10)  # e-folds taken off the learning rate
 BACK_OFF = math.log(2)  # e-folds below the learning rate that diverged, which are out of bounds from then on
 EASE = 0.02  # e-folds by which a good window raises that bound again
@@ -36,6 +33,7 @@ RISE = math.log(3)  # of the average loss over its lowest
 NOISE = 3.0  # a loss is above another by so many times the noise, or it is the same
 NOISE_WEIGHT = 0.1  # of a new window in the running average of the noise
 PATIENCE = 0.1  # of the windows of a run: for so long may a loss that was gained be lost, or nothing be gained
+LEAST_PATIENCE = 3  # windows
 FAR_ABOVE = math.log(2)  # the base schedule's learning rate, to gain nothing
 PROMISE = math.log(0.1)  # of the loss, which the gradients of a window have to promise, lest the steps are too small
 SNAPSHOT_INTERVAL = 5  # decisions between two snapshots
@@ -82,56 +80,6 @@ class GuardState(NamedTuple):
         middle = (math.exp(self.first) + math.exp(self.lowest)) / 2
         is_clear = self.average > self.lowest + NOISE * self.noise or self.average > self.first + self.noise
         return math.exp(self.average) > middle and is_clear
-
-
-class Snapshot(NamedTuple):
-    """A run at one moment."""
-
-    tensors: list[tuple[Tensor, Tensor]]  # each parameter and each buffer of the model, and what it was
-    optimizer_state: dict[Tensor, Any]
-    schedule: ScheduleState
-    guard: GuardState
-    average_norm: Number  # of the gradient
-
-    @classmethod
-    def of(
-        cls,
-        optimizer: Optimizer,
-        schedule: ScheduleState,
-        guard: GuardState,
-        average_norm: Number,
-        *,
-        model: Module | None = None,
-        kind: str = FULL,
-        optimizer_state: dict[Tensor, Any] | None = None,
-    ) -> Snapshot:
-        """A snapshot of the present.
-
-        Args:
-            optimizer: whose weights and state it is of.
-            schedule, guard, average_norm: what goes with them.
-            model: has buffers that belong to it, as those of batch norm.
-            kind: of `SNAPSHOTS`.
-            optimizer_state: take this for the optimizer's state, as an earlier snapshot has it.
-        """
-        tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        if model is not None:
-            tensors += model.buffers()
-        device = "cpu" if kind == HOST else None
-        if optimizer_state is None:
-            optimizer_state = {p: _copied(state, device) for p, state in optimizer.state.items()}
-        return cls([(t, _copied(t, device)) for t in tensors], optimizer_state, schedule, guard, average_norm)
-
-    @torch.no_grad()
-    def restore(self, optimizer: Optimizer) -> None:
-        """Bring weights, buffers and optimizer state back, in place."""
-        for tensor, saved in self.tensors:
-            tensor.copy_(saved)
-        for p in list(optimizer.state):
-            if p in self.optimizer_state:
-                _restore(optimizer.state[p], self.optimizer_state[p])
-            else:
-                del optimizer.state[p]
 
 
 class Guard:
@@ -290,18 +238,20 @@ class Guard:
         return self._alarm_of_loss(run, before, summary)
 
     def _alarm_of_loss(self, run: Run, before: ScheduleState, window: Summary) -> Alarm | None:
-        was, patience = self.state, max(NONFINITE_STEPS, PATIENCE * run.total_steps / run.interval)
+        was, patience = self.state, max(LEAST_PATIENCE, PATIENCE * run.total_steps / run.interval)
         average = was.average + FAST * (window.loss - was.average)
         surprise = abs(window.loss - was.average)
         if before.step > patience * run.interval:  # what comes at once is a change, and no noise
             surprise = min(surprise, NOISE * was.noise)
-        noise = was.noise + NOISE_WEIGHT * (surprise - was.noise) if was.noise else surprise
+        noise = was.noise + NOISE_WEIGHT * (surprise - was.noise)
+        if not was.noise:  # the first loss is that of one mini-batch
+            noise = max(surprise, window.loss_std)
         noise = max(noise, window.loss_std / math.sqrt(run.interval))
         lowest = min(was.lowest, average)
         self.state = state = was._replace(average=average, lowest=lowest, noise=noise)
 
         lost = (state.lost + 1) * state.has_lost_half
-        lost_is_enough = lost > (patience / 3 if average > state.first + noise else patience)
+        lost_is_enough = lost > (max(LEAST_PATIENCE, patience / 3) if average > state.first + noise else patience)
         factor = before.control[LR.name] + before.lr_offset
         promised = window.predicted_decrease + math.log(run.interval)  # of the loss, in the window, as a logarithm
         idles = factor > FAR_ABOVE and promised > PROMISE and state.first - average < max(NOISE * noise, 1e-3)
@@ -384,24 +334,3 @@ class Guard:
             ceiling=now.ceiling, interventions=now.interventions, restored_at=state.step, on_trial=True
         )
         return state._replace(history=then.schedule.history, memory=then.schedule.memory)
-
-
-def _copied(value: Any, device: str | None) -> Any:
-    """A copy of a tensor, or of what an optimizer keeps of a parameter; on another device if one is named."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True) if device else value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _copied(entry, device) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_copied(entry, device) for entry in value]
-    return copy.deepcopy(value)
-
-
-def _restore(state: dict[str, Any], saved: dict[str, Any]) -> None:
-    for key in list(state):
-        if key not in saved:
-            del state[key]
-        elif isinstance(state[key], Tensor) and isinstance(saved[key], Tensor):
-            state[key].copy_(saved[key])
-        else:
-            state[key] = _copied(saved[key], None)

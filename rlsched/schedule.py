@@ -7,7 +7,7 @@ environment drives them for N networks, the controller for one. In the order of 
     ... the first window is one inner step, at `hyperparameters(run, state, base)` times `decay(...)` ...
     offset = probe(run, state, window)               # how high the learning rate may start
     state = start(state, offset)
-    observation, state = observe(run, state, signals.summarise(window), policy.observations)
+    observation, state = observe(run, state, summarise(window), policy.observations)
     action, memory = policy.act(observation, state.memory)
     state = move(run, state, {name: action[..., i] for i, name in enumerate(policy.controls)}, memory)
     state = open_window(run, state, run.interval)
@@ -27,7 +27,9 @@ from rlsched.base_schedule import BaseSchedule
 from rlsched.control import CONTROLS, LR
 from rlsched.moments import Moments
 from rlsched.number import Number, clamp, isnan, log, mean, sqrt, where
-from rlsched.signals import History, Run, Summary
+from rlsched.signals import History, Run
+from rlsched.summary import Summary
+from rlsched.validation import Validation
 
 
 class ScheduleState(NamedTuple):
@@ -94,7 +96,9 @@ def values(
     return {**held, LR.name: held[LR.name] * decay(run, state, schedule, step)}
 
 
-def observe(run: Run, state: ScheduleState, window: Summary, names: Sequence[str]) -> tuple[Tensor, ScheduleState]:
+def observe(
+    run: Run, state: ScheduleState, window: Summary, names: Sequence[str], validation: Validation | None = None
+) -> tuple[Tensor, ScheduleState]:
     """What the policy sees at the end of a window, (*batch, len(names)), and the state that remembers it.
 
     A window whose loss was below the running average, by more than its standard error, has earned a learning rate that
@@ -103,7 +107,7 @@ def observe(run: Run, state: ScheduleState, window: Summary, names: Sequence[str
     expected = state.history["slow_loss"] - window.loss_std / sqrt(run.interval)
     moderate = isnan(window.loss) & (window.update_ratio < math.log(MAX_UPDATE))
     earned = where((window.loss < expected) | moderate, state.control[LR.name] + LR.step, -math.inf)
-    observation, history = signals.observe(names, window, run, state.history, state.step, state.control)
+    observation, history = signals.observe(names, window, run, state.history, state.step, state.control, validation)
     return observation, state._replace(history=history, ceiling=clamp(state.ceiling, low=earned))
 
 

@@ -1,4 +1,4 @@
-"""From the moments of a window to the observation that a policy sees. Every observation is an entry in `OBSERVATIONS`.
+"""From the summary of a window to the observation that a policy sees. Every observation is an entry in `OBSERVATIONS`.
 
 Pure functions for one run (numbers are floats) and for N at once (tensors of shape (*batch,)): the environment and the
 optimizer wrapper call the same ones. Every observation is dimensionless, bounded, and scaled by fixed numbers, so that
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlsched import moments
 from rlsched.control import CONTROLS, Control
-from rlsched.moments import Moments, cosine
-from rlsched.number import Number, Series, clamp, deviation, each, isnan, log, mean, where
+from rlsched.number import Number, clamp, isnan, log, where
+from rlsched.summary import Summary
+from rlsched.validation import Validation, unseen
 
 FAST, SLOW = 0.4, 0.1  # weight of a new window in the running averages of the log loss
 HALF_LIVES = {"short": 0.02, "medium": 0.1, "long": 0.3}  # of running averages of the log loss, in fractions of a run
@@ -36,25 +36,6 @@ class Run(NamedTuple):
     reach: Number = math.inf  # e-folds: as far as the policy may move the learning rate from the base schedule
 
 
-class Summary(NamedTuple):
-    """A window in a few numbers, each (*batch,); NaN where nothing was measured."""
-
-    loss: Number  # mean log loss
-    grad_norm: Number  # mean log gradient norm
-    clipped: Number  # share of the inner steps
-    grad_cosine: Number
-    momentum_cosine: Number
-    update_ratio: Number  # mean logarithm
-    predicted_decrease: Number  # mean logarithm
-    shared_gradient: Number  # mean ⟨g_t, g_{t−1}⟩ over mean ‖g_t‖²: the part of the gradient that batches share
-    grad_weights_cosine: Number
-    update_weights_cosine: Number
-    loss_std: Number  # of the logarithm
-    grad_norm_std: Number  # of the logarithm
-    loss_trend: Number  # mean log loss of the window's second half minus that of its first half
-    last_grad_norm: Number  # last log gradient norm
-
-
 class Readings(NamedTuple):
     """What the formula of an observation may read."""
 
@@ -63,6 +44,7 @@ class Readings(NamedTuple):
     step: Number  # inner steps done
     control: Mapping[str, Number]  # states of the controls
     history: Mapping[str, Number]  # values of `TRACES`
+    validation: Validation
 
 
 History = dict[str, Number]  # a value for each of `TRACES`, (*batch,); NaN until it was first seen
@@ -247,6 +229,31 @@ OBSERVATIONS: Mapping[str, Observation] = {
             1.2,
             lambda r: log(1 / clamp(r.history["shared_gradient"], 0.01, 0.99) - 1) / 4,
         ),
+        # How far the validation loss is above its lowest is the "generalization loss" by which Prechelt (1998, "Early
+        # Stopping – But When?") decides to stop.
+        Observation(
+            "validation_vs_best",
+            "log of the last validation loss minus that of the lowest, × 2",
+            0,
+            4,
+            lambda r: 2 * (log(r.validation.loss) - log(r.validation.best)),
+        ),
+        Observation(
+            "validation_gap",
+            "log of the last validation loss minus the log loss, / 2: above 0 as the network learns its data by heart",
+            -2,
+            4,
+            lambda r: (log(r.validation.loss) - r.window.loss) / 2,
+        ),
+        Observation(
+            "validation_age",
+            "log of 1 + the windows since the last validation loss, / 4: below 0.17 where it is new since the last "
+            "decision; −1 where there was none",
+            -1,
+            1.2,
+            lambda r: log(1 + (r.step - r.validation.step) / r.run.interval) / 4,
+            unknown=-1.0,
+        ),
         Observation("clip_fraction", "share of the inner steps that were clipped", 0, 1, lambda r: r.window.clipped),
         Observation("adaptive", "+1 for Adam and its relatives, −1 for SGD", -1, 1, lambda r: r.run.adaptive),
         *(_state_of(control) for control in CONTROLS.values()),
@@ -260,33 +267,6 @@ def start(like: Number = math.nan) -> History:
     return {name: math.nan * like for name in TRACES}
 
 
-def summarise(window: Moments) -> Summary:
-    """The numbers of a window (*batch, steps) that observations are made of."""
-    log_loss, log_norm = each(log, window.loss), each(log, window.grad_norm)
-    loss, grad_norm = mean(log_loss), mean(log_norm)
-    half = (log_loss.shape[-1] if isinstance(log_loss, Tensor) else len(log_loss)) // 2
-    measured = moments.last_steps(window)
-    whole = mean(measured.grad_square)
-    return Summary(
-        loss=loss,
-        grad_norm=grad_norm,
-        clipped=mean(window.clipped),
-        grad_cosine=mean(moments.grad_cosine(measured)),
-        momentum_cosine=mean(moments.momentum_cosine(measured)),
-        update_ratio=mean(each(lambda x: log(clamp(x, low=1e-12)), moments.update_ratio(measured))),
-        predicted_decrease=mean(each(lambda x: log(clamp(x, low=1e-7)), moments.predicted_decrease(measured))),
-        shared_gradient=mean(measured.grad_last_grad) / where(whole > 0, whole, math.nan),
-        grad_weights_cosine=mean(each(cosine, measured.grad_weights, measured.grad_square, measured.weights_square)),
-        update_weights_cosine=mean(
-            each(cosine, measured.update_weights, measured.update_square, measured.weights_square)
-        ),
-        loss_std=deviation(log_loss, loss),
-        grad_norm_std=deviation(log_norm, grad_norm),
-        loss_trend=mean(_part(log_loss, half, None)) - mean(_part(log_loss, None, half)),
-        last_grad_norm=log_norm[..., -1] if isinstance(log_norm, Tensor) else log_norm[-1],
-    )
-
-
 def observe(
     names: Sequence[str],
     window: Summary,
@@ -294,6 +274,7 @@ def observe(
     history: History,
     step: Number,
     control: Mapping[str, Number],
+    validation: Validation | None = None,
 ) -> tuple[Tensor, History]:
     """The observation at the end of a window, and the history to pass on to the next.
 
@@ -304,13 +285,14 @@ def observe(
         history: what the previous call returned, or `start()`.
         step: inner steps done, (*batch,).
         control: states of the controls that held in the window, each (*batch,).
+        validation: the validation losses so far, in the unit of the training loss; None if there was none.
 
     Returns:
         The observation, (*batch, len(names)), float32, and the new history.
     """
     seen = {name: trace.seen(window) for name, trace in TRACES.items()}
     history = {name: where(isnan(history[name]), value, history[name]) for name, value in seen.items()}
-    readings = Readings(window, run, step, control, history)
+    readings = Readings(window, run, step, control, history, validation or unseen(0.0 * run.total_steps))
     values = [OBSERVATIONS[name].formula(readings) for name in names]
     like = run.total_steps
     if isinstance(like, Tensor):
@@ -342,7 +324,3 @@ def _bounds(names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tenso
 
 def _averaged(value: Number, seen: Number, weight: Number) -> Number:
     return where(isnan(seen), value, value + weight * (seen - value))
-
-
-def _part(series: Series, start: int | None, stop: int | None) -> Series:
-    return series[..., start:stop] if isinstance(series, Tensor) else series[start:stop]

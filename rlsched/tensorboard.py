@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from rlsched.controller import Controller
-    from rlsched.signals import Summary
+    from rlsched.summary import Summary
 
 # Charts that belong together, for TensorBoard's Custom Scalars tab.
 LAYOUT = {
     "rlsched": {
-        "loss": ["Multiline", ["rlsched/loss"]],
+        "loss": ["Multiline", ["rlsched/(validation_)?loss"]],
         "learning rate, and that of the base schedule": ["Multiline", ["rlsched/(proposed_|base_schedule_)?lr"]],
         **{name: ["Multiline", [f"rlsched/(proposed_)?{name}"]] for name in CONTROLS if name != "lr"},
         "agreement of gradients": ["Multiline", ["observation/grad_cosine", "observation/momentum_cosine"]],
@@ -84,6 +84,10 @@ class RunLog:
         for tag, value in scalars.items():
             if math.isfinite(value):
                 self.writer.add_scalar(tag, value, run.step_count)
+
+    def validation(self, loss: float, step: int) -> None:
+        if self.writer is not None and math.isfinite(loss):
+            self.writer.add_scalar("rlsched/validation_loss", loss, step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         if self.writer is not None:

@@ -178,6 +178,46 @@ def loss_on_one_rank(rank):
     return seen
 
 
+def validated(rank, everyone=False):
+    """A run that is validated by the first rank or by all of them, and what they know of it in the end."""
+    it, begin = Training(rank, alone if rank is None else replicated, OPTIMIZERS["SGD"], patience=2), 0
+    for end, loss in {6: 1.0, 12: 2.0, 16: 3.0, STEPS: None}.items():
+        it.run(range(begin, end))
+        if loss is not None and (rank in (None, 0) or everyone):
+            it.controller.observe_validation(torch.tensor(loss))
+        begin = end
+    return {**it.result(), "known": list(it.controller.validation), "stops": it.controller.should_stop}
+
+
+def best_of_shards(rank):
+    """The best weights of a sharded run, after it and in one that resumes; and what is said where ranks disagree."""
+    options = {"keep_best": True, "averaging": True}
+    it = Training(rank, sharded, OPTIMIZERS["SGD"], **options).run(range(6))
+    it.controller.observe_validation(1.0)
+    expected = [full(p) for p in it.model.parameters()]
+    it.run(range(6, STOP))
+    last = [full(p) for p in it.model.parameters()]
+    again = Training(rank, sharded, OPTIMIZERS["SGD"], **options)
+    again.optimizer.load_state_dict(copy.deepcopy(it.optimizer.state_dict()))
+    seen = []
+    for run in (it, again):
+        with run.controller.best(run.model):
+            seen.append([full(p) for p in run.model.parameters()])
+    assert_same([full(p) for p in it.model.parameters()], last)
+    averages = []
+    for run in (it, again):
+        with run.controller.averaged(run.model):
+            averages.append([full(p) for p in run.model.parameters()])
+    assert_same(*averages)
+    assert_same(averages[0], [full(copy) for copy in it.controller.kept.average.tensors])
+    it.run(range(STOP, STOP + 1))
+    it.controller.observe_validation([0.5, 2.0][rank])
+    try:
+        it.controller.restore_best(it.model)
+    except ValueError as error:
+        return expected, *seen, str(error)
+
+
 def flat_shards(rank):
     """What the wrapper says of FSDP1, whose parameters are flat."""
     model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
@@ -282,6 +322,9 @@ def jobs(folder):
                 name = (spread.__name__, kind)
                 yield DOUBLE, name, lambda rank, s=spread, f=spoil: trained(rank, s, OPTIMIZERS["AdamW"], spoil=f)
     yield DOUBLE, "loss on one rank", loss_on_one_rank
+    for everyone in (False, True):
+        yield DOUBLE, ("validated", everyone), lambda rank, e=everyone: validated(rank, everyone=e)
+    yield SAME_BITS, "best of shards", best_of_shards
     yield DOUBLE, "unlike", unlike_replicas
     yield DOUBLE, "flat shards", flat_shards
     yield DOUBLE, "gathered", gathered_state
@@ -405,6 +448,26 @@ def test_loss_of_one_rank_will_do(ranks):
     one, other = ranks("loss on one rank")
     assert_same(one, other)
     assert_close(one, loss_of(0, network(), 0).detach().float())
+
+
+@pytest.mark.parametrize("everyone", [True, False], ids=["all ranks", "one rank"])
+def test_validation_of_one_rank_will_do(ranks, everyone):
+    """Most scripts validate on the first rank alone, which would decide otherwise than the others, or wait for ever."""
+    one, other = ranks(("validated", everyone))
+    assert one["known"] == other["known"] == [3.0, 16, 1.0, 6, 2]
+    assert one["stops"] and other["stops"]
+    expected = validated(None)
+    for what in ("path", "weights"):
+        assert_same(one[what], other[what])
+        assert_close(one[what], expected[what])
+
+
+def test_best_weights_of_shards_are_those_of_one_step(ranks):
+    """A model would be put together from shards of different moments, or the best be lost with the job."""
+    for expected, best, resumed, said in ranks("best of shards"):
+        assert_same(best, expected)
+        assert_same(resumed, expected)
+        assert "the ranks took their best weights after [15, 6] steps" in said
 
 
 def test_shards_that_do_not_say_of_what_are_refused(ranks):

@@ -189,8 +189,8 @@ def test_state_of_a_plain_optimizer_is_refused():
 
 
 MISMATCHES = {
-    "total_steps": ({"total_steps": 100, "decisions": 20}, "total_steps=21, this one has 100"),
-    "decisions": ({"decisions": 10}, "interval=5, this one has 3"),
+    "total_steps": ({"total_steps": 3}, "has done 4 steps, this one has total_steps=3"),
+    "decisions": ({"decisions": 10}, "decisions=5, this one has 10"),
     "controls": ({"controls": ("lr",)}, "controls=.*momentum.*this one has \\['lr'\\]"),
     "policy": ({"policy": SchedulePolicy.zero()}, "policy="),
 }

@@ -9,14 +9,16 @@ import torch
 from helpers import always, assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
 from torch import nn
 
-from rlsched import DivergenceError, ScheduledOptimizer, SchedulePolicy, attach, safety, schedule, signals
+from rlsched import DivergenceError, ScheduledOptimizer, SchedulePolicy, attach, safety, schedule
 from rlsched.control import CONTROL_NAMES, LR, OUTLIER
 from rlsched.meter import Meter
 from rlsched.moments import Moments
 from rlsched.policy import Domain
-from rlsched.safety import EASE, Guard, GuardState, Snapshot
+from rlsched.safety import EASE, Guard, GuardState
 from rlsched.schedule import PROBE
 from rlsched.signals import OBSERVATION_NAMES, Run
+from rlsched.snapshots import SNAPSHOTS, WEIGHTS, Snapshot
+from rlsched.summary import summarise
 from rlsched.tensorboard import RunLog
 
 STEPS, DECISIONS = 100, 20
@@ -92,7 +94,7 @@ def verdicts(losses, interval=4):
     guard, state = guard_of(network())
     windows = [window_of(losses[i : i + interval]) for i in range(0, len(losses), interval)]
     run = RUN._replace(total_steps=len(losses), interval=interval)
-    alarms = [guard.alarm(run, state, window, signals.summarise(window)) for window in windows]
+    alarms = [guard.alarm(run, state, window, summarise(window)) for window in windows]
     return [alarm and alarm.reason for alarm in alarms]
 
 
@@ -132,7 +134,7 @@ def test_cut_is_a_tenth_wherever_the_control_stands():
         guard, state = guard_of(network())
         before = schedule.with_lr(state, lr)._replace(lr_offset=-0.5)
         window = window_of([math.nan] * WINDOW)
-        after, _, diverges = guard.answer_divergence(RUN, before, before, window, signals.summarise(window))
+        after, _, diverges = guard.answer_divergence(RUN, before, before, window, summarise(window))
         assert diverges
         assert after.control["lr"] >= LR.low
         assert math.exp(after.control["lr"] + after.lr_offset - lr + 0.5) == pytest.approx(0.1)
@@ -487,7 +489,7 @@ def alarms(levels, factor=1.0, noise=0.01):
     heard = {}
     for k, level in enumerate(levels):
         window = window_of((level * (noise * torch.randn(WINDOW, generator=generator)).exp()).tolist())
-        alarm = guard.alarm(run, at(factor, state), window, signals.summarise(window))
+        alarm = guard.alarm(run, at(factor, state), window, summarise(window))
         if alarm is not None:
             heard[k] = alarm
     return heard
@@ -522,7 +524,7 @@ def test_idle_run_goes_back_to_the_base_schedule():
     run = RUN._replace(total_steps=100 * WINDOW)
     state, window = at(5.0, state)._replace(lr_offset=-0.5), window_of([4.0] * WINDOW)
     for _ in range(12):
-        after, _, diverges = guard.answer_divergence(run, state, state, window, signals.summarise(window))
+        after, _, diverges = guard.answer_divergence(run, state, state, window, summarise(window))
         if diverges:
             break
     assert diverges and after.control["lr"] + after.lr_offset == pytest.approx(0)
@@ -536,7 +538,7 @@ def test_pinned_learning_rate_comes_free_again():
 
     def feed(loss):
         window = window_of([loss] * WINDOW)
-        return guard.answer_divergence(run, state, state, window, signals.summarise(window))
+        return guard.answer_divergence(run, state, state, window, summarise(window))
 
     feed(1.0)
     feed(100.0)
@@ -573,7 +575,7 @@ def test_data_that_have_changed_are_no_divergence():
 
 
 @pytest.mark.parametrize("make", [*OPTIMIZERS.values(), torch.optim.Adagrad], ids=[*OPTIMIZERS, "Adagrad"])
-@pytest.mark.parametrize("kind", safety.SNAPSHOTS)
+@pytest.mark.parametrize("kind", SNAPSHOTS)
 def test_snapshot_of_any_kind_saves_a_run(kind, make):
     """Whoever has no memory for a second copy of the optimizer's state would have to do without a way back."""
     model, optimizer, _ = diverging("rollback", make=make, snapshots=kind)
@@ -582,7 +584,7 @@ def test_snapshot_of_any_kind_saves_a_run(kind, make):
     assert loss_at(model, 0) < 1.2
     snapshot = optimizer.controller.guard.snapshot
     assert all(tensor.device == saved.device for tensor, saved in snapshot.tensors)
-    if kind == safety.WEIGHTS and make is not torch.optim.Adagrad:
+    if kind == WEIGHTS and make is not torch.optim.Adagrad:
         assert not snapshot.optimizer_state
 
 

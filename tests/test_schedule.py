@@ -6,12 +6,13 @@ import pytest
 import torch
 from helpers import run_of
 
-from rlsched import control, moments, schedule, signals
+from rlsched import control, moments, schedule
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES, CONTROLS, LR
 from rlsched.moments import Moments
 from rlsched.schedule import PROBE, ScheduleState
 from rlsched.signals import OBSERVATION_NAMES, Run
+from rlsched.summary import summarise
 
 RUN = Run(total_steps=20, interval=5, adaptive=1, sums_gradients=1)
 BASE = dict.fromkeys(CONTROL_NAMES, math.nan) | {"lr": 0.1, "momentum": 0.9}
@@ -172,10 +173,10 @@ def test_runs_of_a_batch_are_each_run_alone(probing, base_schedule):
                 assert offset[i].item() == pytest.approx(alone, rel=1e-3, abs=1e-5)
                 states[i] = schedule.start(states[i], alone)
             compare()
-        observation, state = schedule.observe(run, state, signals.summarise(window), OBSERVATION_NAMES)
+        observation, state = schedule.observe(run, state, summarise(window), OBSERVATION_NAMES)
         actions = {name: 1.5 * torch.randn(runs, generator=generator) for name in CONTROLS}
         for i in range(runs):
-            seen, states[i] = schedule.observe(ones[i], states[i], signals.summarise(windows[i]), OBSERVATION_NAMES)
+            seen, states[i] = schedule.observe(ones[i], states[i], summarise(windows[i]), OBSERVATION_NAMES)
             torch.testing.assert_close(seen, observation[i].float(), rtol=1e-3, atol=1e-4)
             states[i] = schedule.move(ones[i], states[i], of(i, actions), None)
         state = schedule.move(run, state, actions, None)

@@ -10,6 +10,8 @@ from rlsched import signals
 from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.moments import Moments
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS, TRACES, Observation, Run, observation_table
+from rlsched.summary import summarise
+from rlsched.validation import Validation, unseen, validated
 
 NAN = math.nan
 RUN = Run(total_steps=800, interval=8, adaptive=1, sums_gradients=1)
@@ -32,16 +34,17 @@ def directions(cosines, momentum_cosines, ratios, decreases):
                   update_square=[x * x for x in ratios])  # fmt: skip
 
 
-def observe(*windows, run=RUN, step=400, state=STATE, names=OBSERVATION_NAMES):
+def observe(*windows, run=RUN, step=400, state=STATE, names=OBSERVATION_NAMES, validation=None):
     """The named observations at the end of the last of `windows`; of the run alone, and of two like it at once."""
     double = {"dtype": torch.float64}
     history, both = signals.start(), signals.start(torch.ones(2, **double))
     runs, steps = Run(*(torch.full((2,), x, **double) for x in run)), torch.full((2,), step, **double)
     states = {name: torch.full((2,), x, **double) for name, x in state.items()}
+    validations = validation and Validation(*(torch.full((2,), x, **double) for x in validation))
     for each in windows:
-        observation, history = signals.observe(names, signals.summarise(each), run, history, step, state)
+        observation, history = signals.observe(names, summarise(each), run, history, step, state, validation)
         stacked = Moments(*(torch.tensor([series, series], **double) for series in each))
-        twice, both = signals.observe(names, signals.summarise(stacked), runs, both, steps, states)
+        twice, both = signals.observe(names, summarise(stacked), runs, both, steps, states, validations)
         torch.testing.assert_close(twice.float(), torch.stack([observation, observation]))
     return dict(zip(names, observation.tolist(), strict=True))
 
@@ -205,9 +208,13 @@ def test_observations_are_always_finite_and_within_their_bounds(steps):
     for each in extreme_windows(20, batch, steps, generator):
         state = {name: 100 * torch.randn(batch, generator=generator) for name in CONTROLS}
         step = 2 * total * torch.rand(batch, generator=generator)
-        observation, history = signals.observe(OBSERVATION_NAMES, signals.summarise(each), run, history, step, state)
-        first = Run(*(x[0].item() for x in run)), alone, step[0].item(), {n: x[0].item() for n, x in state.items()}
-        single, alone = signals.observe(OBSERVATION_NAMES, signals.summarise(run_of(each, 0)), *first)
+        losses = extreme_windows(1, batch, 5, generator)[0].loss.unbind(-1)
+        validation = Validation(*losses[:2], step * torch.rand(batch, generator=generator), *losses[3:])
+        told = state, validation
+        observation, history = signals.observe(OBSERVATION_NAMES, summarise(each), run, history, step, *told)
+        told = {n: x[0].item() for n, x in state.items()}, Validation(*(x[0].item() for x in validation))
+        first = Run(*(x[0].item() for x in run)), alone, step[0].item(), *told
+        single, alone = signals.observe(OBSERVATION_NAMES, summarise(run_of(each, 0)), *first)
         for seen, shape in ((observation, (batch,)), (single, ())):
             assert seen.shape == (*shape, len(OBSERVATIONS))
             assert seen.dtype == torch.float32
@@ -224,15 +231,19 @@ def test_batch_of_runs_is_each_run_alone():
     state = {name: torch.randn(batch, generator=generator, **double) for name in CONTROLS}
     step = torch.arange(batch, **double)
     together, alone = signals.start(torch.ones(batch, **double)), [signals.start()] * batch
+    validation, validations = unseen(torch.zeros(batch, **double)), [unseen()] * batch
     for each in extreme_windows(6, batch, 20, generator, huge=[], **double):
-        summary = signals.summarise(each)
-        observation, together = signals.observe(OBSERVATION_NAMES, summary, run, together, step, state)
+        summary, losses = summarise(each), each.loss[:, 0]
+        validation = validated(validation, losses, step / 2)
+        observation, together = signals.observe(OBSERVATION_NAMES, summary, run, together, step, state, validation)
         for i in range(batch):
-            single = signals.summarise(run_of(each, i))
+            single = summarise(run_of(each, i))
             assert all(isinstance(value, float) for value in single)
             assert single == pytest.approx([value[i].item() for value in summary], rel=1e-9, abs=1e-9, nan_ok=True)
+            validations[i] = validated(validations[i], losses[i].item(), step[i].item() / 2)
+            assert validations[i] == pytest.approx([known[i].item() for known in validation], nan_ok=True)
             row = Run(*(x[i].item() for x in run)), alone[i], step[i].item(), {n: s[i].item() for n, s in state.items()}
-            seen, alone[i] = signals.observe(OBSERVATION_NAMES, single, *row)
+            seen, alone[i] = signals.observe(OBSERVATION_NAMES, single, *row, validations[i])
             torch.testing.assert_close(seen, observation[i].float())
             kept = {name: value[i].item() for name, value in together.items()}
             assert alone[i] == pytest.approx(kept, rel=1e-9, abs=1e-9, nan_ok=True)
@@ -247,7 +258,7 @@ def test_observation_is_made_of_the_names_that_are_asked_for():
 
 def test_history_is_of_every_trace_whoever_looks():
     """A policy that does not look at the loss would leave a run that cannot go on under one that does."""
-    _, history = signals.observe(("progress",), signals.summarise(log_losses(0.5)), RUN, signals.start(), 0, STATE)
+    _, history = signals.observe(("progress",), summarise(log_losses(0.5)), RUN, signals.start(), 0, STATE)
     assert history.keys() == TRACES.keys()
     assert history["first_loss"] == approximately(0.5)
 
@@ -256,7 +267,7 @@ def test_history_is_of_every_trace_whoever_looks():
 def test_observation_is_in_single_precision_whatever_the_default(dtype):
     """Under another default dtype or device a policy would be given what its weights cannot be multiplied with."""
     expected = observe(log_losses(0.3, 0.1))
-    summary = signals.summarise(log_losses(0.3, 0.1))
+    summary = summarise(log_losses(0.3, 0.1))
     torch.set_default_dtype(dtype)
     signals._bounds.cache_clear()
     try:
@@ -289,6 +300,43 @@ def test_observation_table_has_a_row_for_each():
     header, _, *rows = observation_table(OBSERVATIONS.values()).splitlines()
     assert [row.split("`")[1] for row in rows] == list(OBSERVATION_NAMES)
     assert {row.count("|") for row in (header, *rows)} == {7}
+
+
+def test_validation_is_compared_with_its_best_and_with_training():
+    """A policy could not tell a network that learns from one that learns its data by heart."""
+    train = log_losses(math.log(0.05))
+    seen = observe(train, validation=falling_and_rising())
+    assert seen["validation_vs_best"] == approximately(2 * math.log(0.3 / 0.2))
+    assert seen["validation_gap"] == approximately(math.log(0.3 / 0.05) / 2)
+    best = observe(train, validation=validated(falling_and_rising(), 0.1, 400))
+    assert best["validation_vs_best"] == 0
+    assert best["validation_gap"] == approximately(math.log(0.1 / 0.05) / 2)
+
+
+VALIDATIONS = {  # inner steps before the last validation, in windows of 8, of which the last began at step 392
+    "just now": (400, 0.0, True),
+    "in the last window": (393, math.log(1 + 7 / 8) / 4, True),
+    "seen at the last decision": (392, math.log(2) / 4, False),
+    "long ago": (0, math.log(51) / 4, False),
+}
+
+
+@pytest.mark.parametrize("step, age, new", VALIDATIONS.values(), ids=VALIDATIONS)
+def test_validation_is_known_as_new_or_old(step, age, new):
+    """A policy would take the same news for news at every decision of an epoch."""
+    seen = observe(log_losses(0.0), validation=validated(unseen(), 1.0, step))
+    assert seen["validation_age"] == approximately(age)
+    assert (seen["validation_age"] < 0.173) == new
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0, -1.0])
+def test_validation_that_was_never_seen_is_told_from_one_that_is_of_no_use(loss):
+    """A run that nobody validates would look like one that is at its best, or has just diverged."""
+    never = observe(log_losses(0.0))
+    useless = observe(log_losses(0.0), validation=validated(unseen(), loss, 400))
+    assert (never["validation_age"], useless["validation_age"]) == (-1, 0)
+    for seen in (never, useless):
+        assert seen["validation_vs_best"] == seen["validation_gap"] == 0
 
 
 def gradients_of(shared, noise, steps, parameters=400, scale=1.0, seed=0):
@@ -396,11 +444,16 @@ def drawn_window(seed, loss_scale=1.0, sample=1.0):
     )
 
 
+def falling_and_rising(loss_scale=1.0, sample=1.0):
+    """Validation losses of a run in its 400th step: 0.3 after 380 steps, and 0.2 before that."""
+    return validated(validated(unseen(), 0.2 * loss_scale, 100), 0.3 * loss_scale, 380)
+
+
 @pytest.mark.parametrize("other", [{"loss_scale": 1e-4}, {"loss_scale": 1e4}, {"sample": 0.01}, {"sample": 1000.0}])
 def test_nothing_depends_on_the_scale_of_the_loss_or_on_the_number_of_parameters(other):
     """A policy from small networks with a loss around one would read another language in larger ones, or in sums."""
-    seen = observe(*(drawn_window(seed) for seed in range(5)))
-    same = observe(*(drawn_window(seed, **other) for seed in range(5)))
+    seen = observe(*(drawn_window(seed) for seed in range(5)), validation=falling_and_rising())
+    same = observe(*(drawn_window(seed, **other) for seed in range(5)), validation=falling_and_rising(**other))
     assert seen == pytest.approx(same, abs=1e-5)
     inside = [name for name, o in OBSERVATIONS.items() if o.low < seen[name] < o.high and seen[name] != o.unknown]
     assert set(OBSERVATIONS) - set(inside) <= {"adaptive", "weight_decay"}, "a bound hides what it depends on"

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -57,6 +58,9 @@ def tasks():
         **{name: task(perceptron, teacher, optimizers={name: 1}) for name in OPTIMIZERS},
         "SGD without momentum": task(perceptron, teacher, optimizers={"SGD": 1}, no_momentum=1),
         "no loss": task(perceptron, teacher, no_loss=1),
+        "validation": task(perceptron, teacher, no_validation=0, decisions=(15, 15)),
+        "rare validation": replace(task(perceptron, teacher, no_validation=0), validation_interval=4),
+        "no validation": task(perceptron, teacher, no_validation=1),
         "small batches": task(perceptron, teacher, batch_size=(4, 16)),
         # Far too high, so that the safe start has much to do; few decisions, since there rounding errors do grow.
         "bold": task(perceptron, teacher, decisions=(4, 4), sgd_lr=(1, 10), adaptive_lr=(0.1, 0.3)),
@@ -113,10 +117,18 @@ def through_the_wrapper(episode, **options):
         max_update_ratio=math.inf,
     )
     assert optimizer.controller.run.interval == INTERVAL
-    told, decisions = episode.setup.loss_reported, []
+    setup, decisions = episode.setup, []
+    told, between = setup.loss_reported, INTERVAL * episode.task.validation_interval
+
+    def validate():
+        if setup.validation_reported:
+            optimizer.observe_validation(setup.loss_scale * episode.validation_loss())
+        episode.network.train()
+
+    validate()
     with nullcontext() if told else pytest.warns(UserWarning, match="no loss"):
         for step, loss in enumerate(episode.losses()):
-            loss = episode.setup.loss_scale * loss
+            loss = setup.loss_scale * loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step(loss=loss if told else None)
@@ -125,4 +137,6 @@ def through_the_wrapper(episode, **options):
                 momentum = group["betas"][0] if "betas" in group else group["momentum"]
                 held = {"lr": group["lr"], "momentum": momentum, "clip": optimizer.controller.groups.decided[0]["clip"]}
                 decisions.append([held[name] if name in held else group[name] for name in CONTROL_NAMES])
+            if step and step % between == 0:
+                validate()
     return torch.stack(policy.seen), decisions

@@ -40,9 +40,36 @@ def controller_of(optimizer: Optimizer, total_steps: int, options: Mapping[str, 
         return attach(optimizer, **{"total_steps": total_steps, **options})
     if options:
         raise ValueError(f"the optimizer is a ScheduledOptimizer: it takes {', '.join(options)}, not the callback")
-    if optimizer.controller.total_steps != total_steps:
+    if optimizer.controller.total_steps not in (None, total_steps):
         warn(f"total_steps={optimizer.controller.total_steps}, but training is going to take {total_steps} steps")
     return optimizer.controller
+
+
+class Monitor:
+    """Finds the validation loss among metrics, and says once if it is wanted and never there.
+
+    Args:
+        name: of the metric.
+        default: its usual name; it is missed only if `patience` or `keep_best` go by it. Another name always is.
+    """
+
+    def __init__(self, name: str, default: str) -> None:
+        self.name, self._is_default = name, name == default
+        self._others: set[str] = set()  # metrics that were there in its stead
+        self._is_found = False
+
+    def found_in(self, metrics: Mapping[str, Any]) -> Any:
+        """The validation loss; None if it is not there."""
+        self._is_found |= self.name in metrics
+        self._others |= set(metrics)
+        return metrics.get(self.name)
+
+    def warn_if_missed(self, options: ScheduleOptions) -> None:
+        """Call after a validation."""
+        is_wanted = not self._is_default or options.patience is not None or options.keep_best
+        if self._others and not self._is_found and is_wanted:
+            self._is_found = True
+            warn(f"monitor={self.name!r} is not among the metrics {sorted(self._others)}: no validation loss is known")
 
 
 def warn(message: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched.integrations.common import check_options, controller_of, warn
+from rlsched.integrations.common import Monitor, check_options, controller_of, warn
 from rlsched.optimizer import Controller
 from rlsched.options import shows_options
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 class ScheduleCallback(Callback):
     """Lets the learned schedule drive a module's optimizer, and reports to it the loss of each training step.
 
+    A validation loss that the module logs as `monitor` is reported too, but that of the sanity check before training;
+    with `patience` the Trainer then stops when it is time. `callback.controller.best(module)` has the best weights.
+
     One line does for a module whose `configure_optimizers` returns a plain optimizer::
 
         trainer = Trainer(max_epochs=10, callbacks=[ScheduleCallback()])
@@ -43,6 +46,7 @@ class ScheduleCallback(Callback):
     goes on with the same data: in the middle of an epoch it does so only with a DataLoader that has a state.
 
     Args:
+        monitor: name of the validation loss among the metrics that the module logs.
         options: as for `rlsched.attach`; none of them with a `ScheduledOptimizer`. `total_steps` is the Trainer's
             `estimated_stepping_batches` unless it is given.
 
@@ -55,9 +59,10 @@ class ScheduleCallback(Callback):
     """
 
     @shows_options(required=False)
-    def __init__(self, **options: Unpack[CallbackOptions]) -> None:
+    def __init__(self, *, monitor: str = "val_loss", **options: Unpack[CallbackOptions]) -> None:
         check_options(options)
         self.options = options
+        self.monitor = Monitor(monitor, "val_loss")
         self.controller: Controller | None = None
         self._restored: dict[str, Any] = {}
         self._losses: list[Tensor] = []  # of the batches since the last step
@@ -90,6 +95,15 @@ class ScheduleCallback(Callback):
             self.controller.load_state_dict(self._restored)
         if trainer.global_step > 0 and self.controller.step_count == 0:
             warn("the checkpoint holds no schedule, so the schedule starts anew")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.controller is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        loss = self.monitor.found_in(trainer.callback_metrics)
+        self.monitor.warn_if_missed(self.controller.options)
+        if loss is not None:
+            self.controller.observe_validation(trainer.strategy.reduce(loss, reduce_op="mean"))
+            trainer.should_stop = trainer.should_stop or self.controller.should_stop
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._losses = []

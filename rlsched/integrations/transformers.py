@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlsched.checkpoint import STATE_KEY
 from rlsched.controller import Controller
-from rlsched.integrations.common import check_options, controller_of, warn
+from rlsched.integrations.common import Monitor, check_options, controller_of, warn
 from rlsched.optimizer import ScheduledOptimizer
 from rlsched.options import shows_options
 
@@ -37,7 +37,10 @@ class ScheduleCallback(TrainerCallback):
 
         trainer = Trainer(model, args, train_dataset=data, callbacks=[ScheduleCallback()])
 
-    With `optimizers=(ScheduledOptimizer(...), None)` the callback reports the loss and no more.
+    With `optimizers=(ScheduledOptimizer(...), None)` the callback reports losses and no more.
+
+    A loss that is evaluated in training is reported too, and with `patience` the Trainer stops when it is time.
+    `callback.controller.best(model)` has the best weights.
 
     The Trainer's own scheduler, its warm-up included, has no effect unless `follow_scheduler` is set; the
     "learning_rate" in its logs is the effective one. Checkpoints hold the schedule, and a run resumed from one is
@@ -47,6 +50,8 @@ class ScheduleCallback(TrainerCallback):
     `compute_loss_func`, with a `compute_loss` of your own and with label smoothing: call `observe` there.
 
     Args:
+        monitor: name of the validation loss among the metrics of an evaluation; with several data sets to evaluate, one
+            of them has to be named, "eval_NAME_loss".
         options: as for `rlsched.attach`; none of them with a `ScheduledOptimizer`. `total_steps` is the number of
             steps that the Trainer is going to take unless it is given.
 
@@ -55,9 +60,10 @@ class ScheduleCallback(TrainerCallback):
     """
 
     @shows_options(required=False)
-    def __init__(self, **options: Unpack[CallbackOptions]) -> None:
+    def __init__(self, *, monitor: str = "eval_loss", **options: Unpack[CallbackOptions]) -> None:
         check_options(options)
         self.options = options
+        self.monitor = Monitor(monitor, "eval_loss")
         self.controller: Controller | None = None
         self._optimizer: Any = None  # the Trainer's, which knows of GradScaler
         self._lrs: list[float | Tensor] = []  # of the groups, in the last step
@@ -117,10 +123,29 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self._losses = []  # of a step that GradScaler skipped
+        assert self.controller is not None
+        self.monitor.warn_if_missed(self.controller.options)  # after all data sets were evaluated
 
     def on_optimizer_step(self, *args: Any, lr_scheduler: LRScheduler, **kwargs: Any) -> None:
         if self._lrs:
             lr_scheduler._last_lr = list(self._lrs)  # which is what the Trainer logs
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if not self._handles:  # not in training
+            return
+        assert self.controller is not None
+        loss = self.monitor.found_in(metrics)
+        if loss is not None:
+            self.controller.observe_validation(loss)
+            control.should_training_stop = control.should_training_stop or self.controller.should_stop
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         for handle in self._handles:

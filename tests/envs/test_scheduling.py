@@ -601,6 +601,32 @@ def test_unreported_loss_is_not_seen_but_rewarded(make_task, play):
         assert (rewards != 0).any() and np.isfinite(infos["validation_loss"]).all()
 
 
+VALIDATION = [OBSERVATION_NAMES.index(f"validation_{what}") for what in ("age", "vs_best", "gap")]
+
+
+def test_validation_is_seen_as_it_is_measured(make_task, play):
+    """A policy must know news from what it has seen before, and learns to only if there is both."""
+    told = {"no_loss": 0.0, "no_validation": 0.0, "decisions": (7, 7), "loss_scale": (10.0, 10.0)}
+    task = replace(make_task(**told), validation_interval=3)
+    env = SchedulingVectorEnv(4, [task], autoreset=False)
+    for window, (observations, _, _, infos) in enumerate(play(env, seed=0, steps=7)):
+        age, vs_best, gap = observations[:, VALIDATION].T
+        windows = (1 / task.interval if window < 3 else 0) + window % 3 if window < 7 else 0
+        np.testing.assert_allclose(age, np.log1p(windows) / 4, atol=1e-6)
+        ratio = infos["validation_loss"] / infos["best_validation_loss"]
+        np.testing.assert_allclose(vs_best, np.clip(2 * np.log(ratio), 0, 4), atol=1e-5)
+        np.testing.assert_allclose(gap, np.log(infos["validation_loss"] / infos["train_loss"]) / 2, atol=0.2)
+
+
+@pytest.mark.parametrize("told", [{"no_loss": 1.0}, {"no_validation": 1.0}], ids=["no loss", "no validation"])
+def test_validation_that_is_not_told_is_not_seen(make_task, play, told):
+    """A policy must work for a user who never validates, and learns to only if it is hidden from it."""
+    env = SchedulingVectorEnv(3, [make_task(**told)])
+    for observations, rewards, _, infos in play(env, seed=0, steps=6)[1:]:
+        assert (observations[:, VALIDATION] == [-1, 0, 0]).all()
+        assert (rewards != 0).any() and np.isfinite(infos["validation_loss"]).all()
+
+
 def test_caller_keeps_its_actions(make_task):
     """An environment that wrote into the actions would falsify the buffer that PPO learns from."""
     env = SchedulingVectorEnv(2, [make_task(optimizers={"SGD": 1}, no_momentum=1)])

@@ -1,5 +1,6 @@
 """ScheduleCallback in Lightning: real trainings, held against the same training in a plain loop."""
 
+import copy
 import math
 import warnings
 
@@ -75,12 +76,12 @@ class Module(pl.LightningModule):
         self.lrs.append(self.optimizers().param_groups[0]["lr"])
 
 
-def fit(module, *callbacks, loader=None, ckpt_path=None, logger=False, **options):
+def fit(module, *callbacks, loader=None, val=None, ckpt_path=None, logger=False, **options):
     """Fit the module quietly, for three epochs."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     options = {"max_epochs": EPOCHS, "accelerator": "cpu", "logger": logger, **quiet, **options}
     trainer = pl.Trainer(callbacks=list(callbacks), **options)
-    trainer.fit(module, loader or data(), ckpt_path=ckpt_path)
+    trainer.fit(module, loader or data(), val, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -436,3 +437,77 @@ def test_skipped_batches_are_no_steps():
         fit(Skips(), callback)
     assert any("no parameter has a gradient" in str(w.message) for w in caught)
     assert callback.controller.step_count == STEPS - math.ceil(STEPS / 3)
+
+
+class Validates(Module):
+    """Logs a validation loss, and keeps the weights that it is of; in the sanity check it is the lowest of all."""
+
+    LOSSES = (3.0, 1.0, 2.0, 1.5, 1.75, 0.5)  # after each epoch
+
+    def __init__(self, make=adamw, name="val_loss"):
+        super().__init__(make)
+        self.name, self.copies = name, []
+
+    def validation_step(self, batch):
+        self.log(self.name, 0.0 if self.trainer.sanity_checking else self.LOSSES[self.current_epoch])
+
+    def on_validation_end(self):
+        if not self.trainer.sanity_checking:
+            self.copies.append(copy.deepcopy(self.net))
+
+
+VALIDATING = {"val": data(), "max_epochs": 6, "num_sanity_val_steps": 1}
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["val_loss", "loss/validation"])
+def test_validation_loss_is_reported_and_ends_the_fit(wrapped, name):
+    """Early stopping and the best weights would take a second callback, and the policy would see nothing of it."""
+    options = {"patience": 2, "keep_best": True}
+    make = (lambda p: scheduled(p, 6 * BATCHES, **options)) if wrapped else adamw
+    module = Validates(make, name)
+    callback = ScheduleCallback(monitor=name, **({} if wrapped else {**OPTIONS, **options}))
+    fit(module, callback, **VALIDATING)
+    controller = callback.controller
+    assert controller.validation == (1.5, 4 * BATCHES, 1.0, 2 * BATCHES, 2)
+    assert controller.step_count == 4 * BATCHES
+    with controller.best(module):
+        assert_same_weights(module.net, module.copies[1])
+
+
+def test_validation_outside_of_training_is_not_reported():
+    """A test set that is looked at afterwards would be the best validation of the run."""
+    module, callback = Validates(), ScheduleCallback(**OPTIONS)
+    trainer = fit(module, callback, val=data(), num_sanity_val_steps=0)
+    before = callback.controller.validation
+    module.LOSSES = [0.1] * 9
+    trainer.validate(module, data(), verbose=False)
+    assert callback.controller.validation == before == (2.0, STEPS, 1.0, 2 * BATCHES, 1)
+
+
+@pytest.mark.parametrize("options", [{"patience": 2}, {"keep_best": True}, {"monitor": "val_los"}], ids=str)
+def test_validation_loss_that_is_missed_is_said_once(options):
+    """A metric with a name of its own would end in a run that never stops, and has no best weights."""
+    with pytest.warns(UserWarning, match=r"monitor='val_los.*is not among the metrics \['accuracy'\]") as caught:
+        fit(Validates(name="accuracy"), ScheduleCallback(**OPTIONS, **options), **VALIDATING)
+    assert sum("monitor=" in str(warning.message) for warning in caught) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rlsched")
+        fit(Validates(name="accuracy"), ScheduleCallback(**OPTIONS), **VALIDATING)
+
+
+@BOTH
+def test_fit_that_goes_on_for_longer_is_extended(wrapped, tmp_path):
+    """More epochs, the commonest reason to resume, would be refused, or trained at a learning rate of zero."""
+    keep = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
+    module, callback = both(wrapped)
+    fit(module, callback, keep, enable_checkpointing=True)
+    assert callback.controller.total_steps == STEPS
+    module = Module(lambda p: scheduled(p, 2 * STEPS)) if wrapped else Module()
+    callback = ScheduleCallback(**({} if wrapped else OPTIONS))
+    ckpt_path = tmp_path / f"step={2 * BATCHES}.ckpt"
+    fit(module, callback, keep, enable_checkpointing=True, max_epochs=2 * EPOCHS, ckpt_path=ckpt_path)
+    controller = callback.controller
+    assert controller.total_steps == controller.step_count == 2 * STEPS
+    assert controller.length.base_schedule.factor(2 * BATCHES, 2 * STEPS) == 1 - 2 * BATCHES / STEPS
+    assert controller.state.window_end == 2 * STEPS

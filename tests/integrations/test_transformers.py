@@ -1,6 +1,8 @@
 """ScheduleCallback in Transformers: real trainings, held against the same training in a plain loop."""
 
+import copy
 import functools
+import warnings
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import BertForTokenClassification as Words
 
 from rlsched.control import CONTROL_NAMES
 from rlsched.integrations.transformers import ScheduleCallback
+from rlsched.signals import OBSERVATION_NAMES
 
 BATCHES, BATCH, EPOCHS, LENGTH, VOCABULARY = 10, 4, 2, 6, 12
 STEPS = BATCHES * EPOCHS
@@ -54,7 +57,7 @@ def adamw(parameters, lr=0.01):
 
 def scheduled(parameters, steps=STEPS, lr=0.01, **options):
     """The wrapper that a user gives to the Trainer."""
-    return ScheduledOptimizer(adamw(parameters, lr), total_steps=steps, **OPTIONS, **options)
+    return ScheduledOptimizer(adamw(parameters, lr), total_steps=steps, **{**OPTIONS, **options})
 
 
 def trainer(
@@ -121,11 +124,11 @@ def _loop(
 BOTH = pytest.mark.parametrize("wrapped", [False, True], ids=["callback alone", "wrapper"])
 
 
-def run(wrapped, steps=STEPS, kind=Sentences, resume=None, lr=0.01, schedule=None, **options):
+def run(wrapped, steps=STEPS, kind=Sentences, resume=None, lr=0.01, schedule=None, monitor="eval_loss", **options):
     """Train with a plain optimizer or the wrapper, and the callback that it needs; `schedule` has its options."""
     net, schedule = model(kind), schedule or {}
     optimizer = scheduled(net.parameters(), steps, lr, **schedule) if wrapped else adamw(net.parameters(), lr)
-    callback = ScheduleCallback() if wrapped else ScheduleCallback(**OPTIONS, **schedule)
+    callback = ScheduleCallback(monitor=monitor, **({} if wrapped else {**OPTIONS, **schedule}))
     it = trainer(net, callback, optimizer, **options)
     it.train(resume_from_checkpoint=resume)
     return net, callback, it
@@ -211,9 +214,55 @@ def test_grad_scaler(wrapped):
 
 @BOTH
 def test_evaluation_is_not_reported(wrapped):
-    """Losses of other data, of batches that no gradient comes from, would steer the schedule."""
-    net, _, _ = run(wrapped, eval_dataset=data()[:BATCH], eval_strategy="steps", eval_steps=3)
-    assert_same_weights(net, loop()[0])
+    """Losses of other data, of batches that no gradient comes from, would pass for losses of the training."""
+    names = tuple(name for name in OBSERVATION_NAMES if not name.startswith("validation"))
+    options = {"policy": lively_policy(observations=names)}
+    net, _, _ = run(wrapped, schedule=options, **EVALUATING)
+    assert_same_weights(net, loop(**options)[0])
+
+
+EVALUATING = {"eval_dataset": data()[:BATCH], "eval_strategy": "steps", "eval_steps": 3}
+
+
+class Scripted(Trainer):
+    """Evaluates to losses of a script, and keeps the weights that they are of."""
+
+    LOSSES = (3.0, 1.0, 2.0, 1.5, 1.75, 0.5)
+
+    def evaluate(self, *args, **kwargs):
+        copies = self.__dict__.setdefault("copies", [])
+        copies.append(copy.deepcopy(self.model))
+        metrics = {"eval_loss": self.LOSSES[len(copies) - 1], "eval_b_loss": 0.1}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+@BOTH
+def test_evaluated_loss_is_reported_and_ends_the_training(wrapped):
+    """Early stopping and the best weights would take a second callback, and the policy would see nothing of it."""
+    options = {"patience": 2, "keep_best": True}
+    net, callback, it = run(wrapped, schedule=options, trainer_class=Scripted, **EVALUATING)
+    controller = callback.controller
+    assert controller.validation == (1.5, 12, 1.0, 6, 2)
+    assert controller.step_count == it.state.global_step == 12
+    with controller.best(net):
+        assert_same_weights(net, it.copies[1])
+    before = controller.validation
+    it.evaluate()
+    assert controller.validation == before, "an evaluation after training is another matter"
+
+
+def test_losses_of_several_data_sets_are_told_apart():
+    """The loss that a user stops by would be that of whichever data set comes last."""
+    sets = {"eval_dataset": {"a": data()[:BATCH], "b": data()[BATCH:]}, "eval_strategy": "steps", "eval_steps": 3}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rlsched: monitor")
+        _, callback, it = run(False, monitor="eval_b_loss", schedule={"patience": 99}, **sets)
+    seen = [row["eval_b_loss"] for row in it.state.log_history if "eval_b_loss" in row]
+    assert callback.controller.validation.loss == pytest.approx(seen[-1], abs=1e-4)
+    assert callback.controller.validation.best == pytest.approx(min(seen), abs=1e-4)
+    with pytest.warns(UserWarning, match="monitor='eval_loss' is not among the metrics .*'eval_a_loss'"):
+        run(False, schedule={"patience": 99}, **sets)
 
 
 @BOTH
@@ -227,6 +276,19 @@ def test_resumed_run_is_bit_equal(wrapped, tmp_path):
     resumed, _, half = run(wrapped, folder=tmp_path, resume=tmp_path / "checkpoint-7", **saving)
     assert learning_rates(half) == learning_rates(whole)
     assert_same_weights(resumed, net)
+
+
+@BOTH
+def test_training_that_goes_on_for_longer_is_extended(wrapped, tmp_path):
+    """More epochs, the commonest reason to resume, would be refused, or trained at a learning rate of zero."""
+    saving = {"save_strategy": "steps", "save_steps": 7}
+    run(wrapped, folder=tmp_path, **saving)
+    longer = {"num_train_epochs": 2 * EPOCHS, "resume": tmp_path / "checkpoint-14"}
+    _, callback, _ = run(wrapped, 2 * STEPS, folder=tmp_path, **longer)
+    controller = callback.controller
+    assert controller.total_steps == controller.step_count == 2 * STEPS
+    assert controller.length.base_schedule.factor(14, 2 * STEPS) == 1 - 14 / STEPS
+    assert controller.state.window_end == 2 * STEPS
 
 
 def learning_rates(it):

@@ -1,0 +1,88 @@
+"""A copy of a run at one moment, to go back to."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from rlsched.number import Number
+from rlsched.schedule import ScheduleState
+
+FULL, HOST, WEIGHTS = "full", "host", "weights"
+SNAPSHOTS = (FULL, HOST, WEIGHTS)  # of weights and optimizer state; the same in host memory; of the weights alone
+
+
+class Snapshot(NamedTuple):
+    """A run at one moment."""
+
+    tensors: list[tuple[Tensor, Tensor]]  # each parameter and each buffer of the model, and what it was
+    optimizer_state: dict[Tensor, Any]
+    schedule: ScheduleState
+    guard: Any  # what the guard remembers
+    average_norm: Number  # of the gradient
+
+    @classmethod
+    def of(
+        cls,
+        optimizer: Optimizer,
+        schedule: ScheduleState,
+        guard: Any,
+        average_norm: Number,
+        *,
+        model: Module | None = None,
+        kind: str = FULL,
+        optimizer_state: dict[Tensor, Any] | None = None,
+    ) -> Snapshot:
+        """A snapshot of the present.
+
+        Args:
+            optimizer: whose weights and state it is of.
+            schedule, guard, average_norm: what goes with them.
+            model: has buffers that belong to it, as those of batch norm.
+            kind: of `SNAPSHOTS`.
+            optimizer_state: take this for the optimizer's state, as an earlier snapshot has it.
+        """
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        if model is not None:
+            tensors += model.buffers()
+        device = "cpu" if kind == HOST else None
+        if optimizer_state is None:
+            optimizer_state = {p: _copied(state, device) for p, state in optimizer.state.items()}
+        return cls([(t, _copied(t, device)) for t in tensors], optimizer_state, schedule, guard, average_norm)
+
+    @torch.no_grad()
+    def restore(self, optimizer: Optimizer) -> None:
+        """Bring weights, buffers and optimizer state back, in place."""
+        for tensor, saved in self.tensors:
+            tensor.copy_(saved)
+        for p in list(optimizer.state):
+            if p in self.optimizer_state:
+                _restore(optimizer.state[p], self.optimizer_state[p])
+            else:
+                del optimizer.state[p]
+
+
+def _copied(value: Any, device: str | None) -> Any:
+    """A copy of a tensor, or of what an optimizer keeps of a parameter; on another device if one is named."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True) if device else value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(entry, device) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_copied(entry, device) for entry in value]
+    return copy.deepcopy(value)
+
+
+def _restore(state: dict[str, Any], saved: dict[str, Any]) -> None:
+    for key in list(state):
+        if key not in saved:
+            del state[key]
+        elif isinstance(state[key], Tensor) and isinstance(saved[key], Tensor):
+            state[key].copy_(saved[key])
+        else:
+            state[key] = _copied(saved[key], None)
