@@ -22,9 +22,10 @@ from rlsched.agents.evaluation import Evaluation, environment_options, evaluate
 from rlsched.agents.export import CHECKPOINT, DOMAIN, INTERFACE, export, interface_of, learner
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
+from rlsched.domain import Domain
 from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv
-from rlsched.policy import Domain, SchedulePolicy
+from rlsched.policy import SchedulePolicy
 
 CONFIG, POLICY = "config.json", "policy.safetensors"
 LAYOUT = {
