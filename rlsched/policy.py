@@ -18,6 +18,7 @@ from rlsched.actors import Actor, Memory, Perceptron, actor
 from rlsched.base_schedule import BaseSchedule, named_base_schedule
 from rlsched.control import CONTROLS
 from rlsched.domain import Domain, check_finite
+from rlsched.files import write
 from rlsched.number import Number
 from rlsched.signals import OBSERVATIONS
 
@@ -173,18 +174,19 @@ class SchedulePolicy:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the policy file; its folder is made if need be. Returns the path."""
+        """Write the policy file, in one move; its folder is made if need be. Returns the path.
+
+        Raises:
+            ValueError: `path` does not end in `SUFFIX`.
+            OSError: it cannot be written.
+        """
         path = Path(path)
         if path.suffix != SUFFIX:
             raise ValueError(f"path must end in {SUFFIX}, got {str(path)!r}")
         metadata = {SPEC: json.dumps(self._spec()._asdict()), INFO: json.dumps(self.info)}
         tensors = self._tensors()
         metadata[DIGEST] = _digest(tensors, metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(save(tensors, metadata))  # save_file would make it unreadable for others
-        partial.replace(path)
-        return path
+        return write(path, save(tensors, metadata))  # save_file would make it unreadable for others
 
     def begin(self, batch: tuple[int, ...] = ()) -> Memory:
         """What it remembers at the start of runs of shape `batch`."""
