@@ -397,13 +397,20 @@ def checked_actions(actions: Array, shape: tuple[int, ...] | None) -> Array:
 
 
 def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """One seed per environment: counted up from an int, or as they are given."""
+    """One seed per environment: counted up from an int, or as they are given.
+
+    Raises:
+        ValueError: one is negative, or they are not as many as the environments.
+    """
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, (int, np.integer)):
-        return [int(seed) + i for i in range(num_envs)]
+        seed = [int(seed) + i for i in range(num_envs)]
     if len(seed) != num_envs:
         raise ValueError(f"seed must be an int or {num_envs} seeds, got {len(seed)}")
+    negative = [s for s in seed if s is not None and s < 0]
+    if negative:
+        raise ValueError(f"seed must be non-negative, got {negative[0]}")
     return list(seed)
 
 
