@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, NamedTuple, get_type_hints
 
-from rlsched.actors import ACTIVATIONS, ACTORS
+from rlsched.actors import ACTIVATIONS, ACTORS, checked_widths
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.envs.mixtures import mixture
@@ -15,65 +17,89 @@ from rlsched.envs.training import usable_device
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
 
 
-def option(default: Any, meaning: str) -> Any:
-    """A field with its documentation, which the command line shows."""
-    return field(default=default, metadata={"help": meaning})
+class Range(NamedTuple):
+    """What a number may be, if it is finite."""
+
+    low: float
+    high: float = math.inf
+    open: bool = False  # whether `low` itself is out of it
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(self.low <= value <= self.high and value < math.inf and not (self.open and value == self.low))
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"between {self.low:g} and {self.high:.12g}"
+        return "positive and finite" if self.open else f"at least {self.low:g}"
+
+
+COUNT = Range(1)
+POSITIVE = Range(0, open=True)
+SEED = Range(0, 2**32 - 1)  # of NumPy
+TYPES = {int: Integral, float: Real, str: str | os.PathLike, bool: bool}  # what is taken for each type of a field
+
+
+def option(default: Any, meaning: str, within: Range | None = None) -> Any:
+    """A field with its documentation, which the command line shows, and the range of its numbers."""
+    return field(default=default, metadata={"help": meaning, "range": within})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a scheduling policy is trained. By default it sees and moves all that there is."""
+    """How a scheduling policy is trained. By default it sees and moves all that there is.
+
+    Raises:
+        ValueError: a field has another type, or is out of its range.
+    """
 
     run_dir: str = option("runs/policy", "checkpoint, TensorBoard log and policy file; a run found there is resumed")
     tasks: str = option("mlp", "mixture of inner tasks: a key of rlsched.envs.MIXTURES, or your own as module:NAME")
     reward: str = option("validation", f"loss whose drop is the reward: {', '.join(REWARDS)}")
-    timesteps: int = option(1_500_000, "experience to train on: decisions, over all inner runs")
+    timesteps: int = option(1_500_000, "experience to train on: decisions, over all inner runs", COUNT)
     observations: tuple[str, ...] = option(OBSERVATION_NAMES, "what the policy sees: names of docs/spec.md")
     controls: tuple[str, ...] = option(CONTROL_NAMES, f"what it moves, of {', '.join(CONTROL_NAMES)}")
     base_schedule: str = option("linear", f"what it modulates: {', '.join(BASE_SCHEDULES)}")
-    num_envs: int = option(512, "inner training runs at once")
-    processes: int = option(min(2, os.cpu_count() or 1), "worker processes that train them, one thread each")
+    num_envs: int = option(512, "inner training runs at once", COUNT)
+    processes: int = option(min(2, os.cpu_count() or 1), "worker processes that train them, one thread each", COUNT)
     compile: bool = option(False, "torch.compile the inner steps: twice as fast, needs a C compiler")
     device: str = option("cpu", "where the inner networks are trained: cpu, cuda, ...")
-    seed: int = option(0, "of weights, episodes and actions")
+    seed: int = option(0, "of weights, episodes and actions", SEED)
 
-    n_steps: int = option(32, "timesteps of each inner run between two updates of PPO")
-    batch_size: int = option(2048, "timesteps in a mini-batch of PPO")
-    n_epochs: int = option(4, "passes over the timesteps in an update")
-    learning_rate: float = option(7e-4, "of Adam at the start; falls linearly")
-    final_learning_rate: float = option(1e-4, "of Adam at the end")
-    gae_lambda: float = option(0.97, "decay of advantages in generalised advantage estimation")
-    target_kl: float = option(0.03, "an update stops when the policy has moved 1.5 times as far")
-    log_std_init: float = option(-0.7, "initial log standard deviation of the actions")
+    n_steps: int = option(32, "timesteps of each inner run between two updates of PPO", COUNT)
+    batch_size: int = option(2048, "timesteps in a mini-batch of PPO", Range(2))
+    n_epochs: int = option(4, "passes over the timesteps in an update", COUNT)
+    learning_rate: float = option(7e-4, "of Adam at the start; falls linearly", POSITIVE)
+    final_learning_rate: float = option(1e-4, "of Adam at the end", POSITIVE)
+    gae_lambda: float = option(0.97, "decay of advantages in generalised advantage estimation", Range(0, 1))
+    target_kl: float = option(0.03, "an update stops when the policy has moved 1.5 times as far", POSITIVE)
+    log_std_init: float = option(-0.7, "initial log standard deviation of the actions", Range(-20, 2))
     actor: str = option("perceptron", f"kind of network that decides: {', '.join(ACTORS)}")
     hidden: tuple[int, ...] = option((64, 64), "widths of the actor's layers, and of the critic's")
     activation: str = option("tanh", "between the layers: tanh or relu")
 
-    eval_every: int = option(60, "updates between evaluations against the base schedule")
-    eval_episodes: int = option(128, "episodes of an evaluation, the same each time")
-    eval_seed: int = option(1_000_000, "of these episodes")
+    eval_every: int = option(60, "updates between evaluations against the base schedule", COUNT)
+    eval_episodes: int = option(128, "episodes of an evaluation, the same each time", COUNT)
+    eval_seed: int = option(1_000_000, "of these episodes", SEED)
 
     def __post_init__(self) -> None:
-        anything = {"run_dir", "tasks", "reward", "activation", "hidden", "compile", "device", "seed", "eval_seed"}
-        anything |= {"log_std_init", "observations", "controls", "base_schedule", "actor"}
-        for name in {f.name for f in fields(self)} - anything:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name, kind in get_type_hints(TrainConfig).items():
+            if kind in TYPES:
+                object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
         mixture(self.tasks)
-        if self.reward not in REWARDS:
-            raise ValueError(f"reward must be one of {REWARDS}, got {self.reward!r}")
         usable_device(self.device)
-        some_names("observations", self.observations, OBSERVATIONS)
-        some_names("controls", self.controls, CONTROLS)
+        object.__setattr__(self, "observations", some_names("observations", self.observations, OBSERVATIONS))
+        object.__setattr__(self, "controls", some_names("controls", self.controls, CONTROLS))
+        object.__setattr__(self, "hidden", checked_widths(self.hidden, len(self.observations), len(self.controls)))
+        if not self.hidden:
+            raise ValueError("hidden must hold at least one positive width, got none")
         for name, known in (
+            ("reward", REWARDS),
             ("base_schedule", BASE_SCHEDULES),
             ("actor", ACTORS),
             ("activation", ACTIVATIONS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
-        if not self.hidden or min(self.hidden) < 1:
-            raise ValueError(f"hidden must hold at least one positive width, got {self.hidden}")
         rollout = self.num_envs * self.n_steps
         if self.batch_size > rollout:
             raise ValueError(f"batch_size must be at most num_envs × n_steps = {rollout}, got {self.batch_size}")
@@ -87,6 +113,16 @@ class TrainConfig:
         values = asdict(self)
         del values["run_dir"], values["processes"], values["compile"], values["device"]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    """The value of a field as a `kind`: NumPy's numbers and paths are taken for Python's numbers and strings."""
+    (within,) = (f.metadata["range"] for f in fields(TrainConfig) if f.name == name)
+    fits = isinstance(value, TYPES[kind]) and isinstance(value, bool) == (kind is bool)
+    if not fits or (within is not None and value not in within):
+        words = {str: "text", bool: "True or False", int: f"a whole number, {within}", float: within}
+        raise ValueError(f"{name} must be {words[kind]}, got {value!r}")
+    return os.fspath(value) if kind is str else kind(value)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from rlsched.policy import Policy
 class Evaluation(NamedTuple):
     """Episodes played by one policy."""
 
-    returns: NDArray[np.float64]  # (episodes,): log(first / last validation loss), at least −2
+    returns: NDArray[np.float64]  # (episodes,): log(first / last validation loss), in [−2, 20]
     diverged: NDArray[np.bool_]  # (episodes,): ended by a loss or weight that is not finite
     observations: NDArray[np.float32]  # (timesteps of all episodes, observations)
     paths: dict[str, list[NDArray[np.float64]]]  # of each info: for each episode, its values at every decision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -22,9 +23,12 @@ from rlsched.agents.evaluation import Evaluation, environment_options, evaluate
 from rlsched.agents.export import CHECKPOINT, DOMAIN, INTERFACE, export, interface_of, learner
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
+from rlsched.domain import Domain
+from rlsched.envs.mixtures import mixture
 from rlsched.envs.scheduling import SchedulingVectorEnv
-from rlsched.envs.sharding import ShardedVectorEnv
-from rlsched.policy import Domain, SchedulePolicy
+from rlsched.envs.sharding import ShardedVectorEnv, check_main_guard
+from rlsched.files import locked, write
+from rlsched.policy import SchedulePolicy
 
 CONFIG, POLICY = "config.json", "policy.safetensors"
 LAYOUT = {
@@ -39,27 +43,37 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
     """Train a scheduling policy, or go on where an interrupted training in `config.run_dir` stopped.
 
     The folder gets `config.json`, `checkpoint.zip` (after every update; a Stable-Baselines3 model), TensorBoard event
-    files, and at the end `policy.safetensors`. A finished run is loaded, and nothing is trained, unless
-    `config.timesteps` is now more than it had: then it is trained further.
+    files, and at the end `policy.safetensors`; each is whole whenever the training is killed. It is this training's
+    alone as long as that goes on, and nothing is written to it before all that can be checked has been. A finished run
+    is loaded, and nothing is trained, unless `config.timesteps` is now more than it had: then it is trained further.
 
     Raises:
-        ValueError: `run_dir` holds a run with other hyperparameters, or a checkpoint that cannot be read.
+        ValueError: `run_dir` holds a run with other hyperparameters, or a file that cannot be read; the tasks cannot
+            be trained on.
+        OSError: `run_dir` is in use by another process, or cannot be written to; a worker process died.
+        RuntimeError: this is the script that the worker processes import, and nothing keeps them from training.
     """
     config = config or TrainConfig()
+    if config.processes > 1:
+        check_main_guard()
     run_dir = Path(config.run_dir)
-    _claim(run_dir, config)
-    if (run_dir / POLICY).exists():
-        policy = SchedulePolicy.load(run_dir / POLICY)
-        if policy.info["training"]["timesteps_done"] >= config.timesteps:
-            return policy
+    _check_hyperparameters(run_dir, config)
+    policy = _finished(run_dir, config)
+    if policy is not None:
+        return policy
+    for i, task in enumerate(mixture(config.tasks)):
+        task.check(f"{config.tasks}[{i}]")
 
     with ExitStack() as stack:
+        stack.enter_context(locked(run_dir))
+        _check_hyperparameters(run_dir, config)  # which another process may have written by now
         seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule")}
         options = {"reward": config.reward, "compile": config.compile, **seen}
         env = VectorEnvAdapter(_vector_env(config, config.num_envs, **options))
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
+        write(run_dir / CONFIG, f"{json.dumps(config.hyperparameters(), indent=2)}\n".encode())
         model.set_logger(_tensorboard(run_dir))
         stack.callback(model.logger.close)
         bar = stack.enter_context(_progress_bar(config, model.num_timesteps))
@@ -75,32 +89,48 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         model.learn(remaining, callback=callbacks, reset_num_timesteps=False, log_interval=1)
         policy = evaluation.finish()
         checkpoints.save()  # with the domain of the policy
-    policy.save(run_dir / POLICY)
+        policy.save(run_dir / POLICY)
     return policy
 
 
-def _claim(run_dir: Path, config: TrainConfig) -> None:
-    """Write the configuration, after a check that a run that is there differs at most in having fewer timesteps."""
-    hyperparameters = config.hyperparameters()
+def _check_hyperparameters(run_dir: Path, config: TrainConfig) -> None:
+    """A run that is there differs at most in having fewer timesteps; one that never began binds nobody."""
     path = run_dir / CONFIG
-    if path.exists():
-        there = json.loads(path.read_text())
-        if there.get("timesteps", 0) < config.timesteps:
-            there["timesteps"] = config.timesteps
-        differing = [
-            f"{key} (there {there.get(key)!r}, now {hyperparameters.get(key)!r})"
-            for key in sorted(there.keys() | hyperparameters.keys())
-            if there.get(key) != hyperparameters.get(key)
-        ]
-        if differing:
-            raise ValueError(
-                f"run_dir: {str(run_dir)!r} holds a run with other hyperparameters: {', '.join(differing)}. "
-                "Choose another run_dir, or delete that one"
-            )
-    text = json.dumps(hyperparameters, indent=2) + "\n"
-    if not path.exists() or path.read_text() != text:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    if not path.exists() or not any((run_dir / name).exists() for name in (CHECKPOINT, POLICY)):
+        return
+    try:
+        there = json.loads(path.read_bytes())
+        if not isinstance(there, dict) or not isinstance(there.get("timesteps"), int):
+            raise ValueError("it holds no hyperparameters")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"run_dir: {path} cannot be read: {error}. Delete it to go on with its checkpoint as you say now, "
+            "or choose another run_dir"
+        ) from error
+    hyperparameters = config.hyperparameters()
+    if there["timesteps"] < config.timesteps:
+        there["timesteps"] = config.timesteps
+    differing = [
+        f"{key} (there {there.get(key)!r}, now {hyperparameters.get(key)!r})"
+        for key in sorted(there.keys() | hyperparameters.keys())
+        if there.get(key) != hyperparameters.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"run_dir: {str(run_dir)!r} holds a run with other hyperparameters: {', '.join(differing)}. "
+            "Choose another run_dir, or delete that one"
+        )
+
+
+def _finished(run_dir: Path, config: TrainConfig) -> SchedulePolicy | None:
+    """The policy of a training that has had as many timesteps."""
+    if not (run_dir / POLICY).exists():
+        return None
+    policy = SchedulePolicy.load(run_dir / POLICY)
+    training = policy.info.get("training")
+    done = training.get("timesteps_done") if isinstance(training, dict) else None
+    is_evaluated = isinstance(policy.info.get("evaluation"), dict)  # an export of a checkpoint is not
+    return policy if is_evaluated and isinstance(done, int) and done >= config.timesteps else None
 
 
 def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> SchedulingVectorEnv | ShardedVectorEnv:
@@ -186,9 +216,9 @@ class _CheckpointCallback(BaseCallback):
         self.save()
 
     def save(self) -> None:
-        partial = self.path.with_suffix(".partial.zip")
-        self.model.save(partial)
-        partial.replace(self.path)
+        content = io.BytesIO()
+        self.model.save(content)
+        write(self.path, content.getvalue())
 
 
 class _EvaluationCallback(BaseCallback):

@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rlsched.files import write
+
 T = TypeVar("T")
 
 CLASSES = 10  # of every data set here
@@ -170,10 +172,10 @@ def fetch_openml(name: str, cache: str | Path | None = None) -> tuple[Tensor, Te
     checksum = path.with_name(path.name + ".sha256")
     if not path.is_file():
         images, labels = _download(name, path.parent)
-        partial = path.with_name(f"{name}.partial.npz")
-        np.savez_compressed(partial, images=images, labels=labels)
-        checksum.write_text(f"{_sha256(partial.read_bytes())}  {path.name}\n")
-        partial.replace(path)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, images=images, labels=labels)
+        write(checksum, f"{_sha256(packed.getvalue())}  {path.name}\n".encode())
+        write(path, packed.getvalue())
     content = path.read_bytes()
     if not checksum.is_file() or _sha256(content).encode() not in checksum.read_bytes():
         raise ValueError(f"{path} does not match {checksum.name}, its checksum: delete it, and it is fetched anew")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -101,22 +101,32 @@ def mixture(tasks: str | InnerTask | Sequence[InnerTask]) -> tuple[InnerTask, ..
     """
     if isinstance(tasks, str):
         if ":" in tasks:
-            return mixture(_imported(tasks))
+            return _imported(tasks)
         if tasks not in MIXTURES:
             raise ValueError(
                 f"tasks must be one of {sorted(MIXTURES)}, 'module:NAME' or a sequence of inner tasks, got {tasks!r}"
             )
         return MIXTURES[tasks]
-    tasks = [tasks] if isinstance(tasks, InnerTask) else list(tasks)
-    wrong = [task for task in tasks if not isinstance(task, InnerTask)]
-    if wrong or not tasks:
+    if isinstance(tasks, InnerTask):
+        return (tasks,)
+    if not isinstance(tasks, Iterable):
+        raise ValueError(f"tasks must be an InnerTask or a sequence of them, got {tasks!r}")
+    found = list(tasks)
+    wrong = [task for task in found if not isinstance(task, InnerTask)]
+    if wrong or not found:
         raise ValueError(f"tasks must be at least one InnerTask, got {wrong or 'none'}")
-    return tuple(tasks)
+    return tuple(found)
 
 
-def _imported(name: str) -> Any:
+def _imported(name: str) -> tuple[InnerTask, ...]:
     module, _, attribute = name.partition(":")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"tasks={name!r} cannot be imported: {error}") from error
+        found = getattr(import_module(module), attribute)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises
+        raise ValueError(f"tasks={name!r} cannot be imported, {type(error).__name__}: {error}") from error
+    try:
+        if isinstance(found, str) and ":" in found:
+            raise ValueError(f"tasks must be tasks, or the name of a mixture, got {found!r}")  # which may lead here
+        return mixture(found)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None

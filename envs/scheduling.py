@@ -32,7 +32,9 @@ from rlsched.summary import summarise
 from rlsched.validation import Validation, unseen, validated
 
 REWARDS = ("validation", "best", "training")
-WORST_RISE = 2.0  # e-folds: the most that an episode's return can fall below zero
+# e-folds: an episode's return lies between −WORST_RISE and BEST_FALL. The families of tasks gain up to 17. Beyond 20,
+# from 2 to 4·10⁻⁹, a cross-entropy is the rounding of single precision: what counts there is how far it underflows.
+WORST_RISE, BEST_FALL = 2.0, 20.0
 
 Array = NDArray[Any]
 
@@ -52,9 +54,10 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
 
     ## Reward
     The drop in the logarithm of the loss over the window. The rewards of an episode sum to log(first loss / last loss);
-    the sum never falls below −2, however badly the run went. The loss is the one that `reward` names: "validation",
-    measured every `validation_interval` windows of the task; "best", the lowest of these so far, which is what a user
-    has who keeps the best checkpoint; or "training", the mean of the window's mini-batches.
+    the sum never falls below −2, however badly the run went, nor rises above 20, even where the loss underflows. The
+    loss is the one that `reward` names: "validation", measured every `validation_interval` windows of the task; "best",
+    the lowest of these so far, which is what a user has who keeps the best checkpoint; or "training", the mean of the
+    window's mini-batches.
 
     ## Episode
     Starts with one inner step far below the base learning rate, whose measurements are the first observation (see
@@ -313,7 +316,7 @@ class _Group:
         finite = self.validation.loss.isfinite() & training.networks.params.isfinite().all(-1)
         finite &= moments.loss.isfinite().all(-1) & moments.grad_norm.isfinite().all(-1)
         losses = {"validation": self.validation.loss, "best": self.validation.best, "training": self.train_loss}
-        drop = (self.first_loss / losses[self._rewarded].clamp(min=1e-12)).log().clamp(min=-WORST_RISE)
+        drop = (self.first_loss / losses[self._rewarded].clamp(min=0)).log().clamp(-WORST_RISE, BEST_FALL)
         drop = torch.where(finite & drop.isfinite(), drop, -WORST_RISE)
         self.reward = drop - self.drop
         self.drop = drop
@@ -404,13 +407,20 @@ def checked_actions(actions: Array, shape: tuple[int, ...] | None) -> Array:
 
 
 def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """One seed per environment: counted up from an int, or as they are given."""
+    """One seed per environment: counted up from an int, or as they are given.
+
+    Raises:
+        ValueError: one is negative, or they are not as many as the environments.
+    """
     if seed is None:
         return [None] * num_envs
     if isinstance(seed, (int, np.integer)):
-        return [int(seed) + i for i in range(num_envs)]
+        seed = [int(seed) + i for i in range(num_envs)]
     if len(seed) != num_envs:
         raise ValueError(f"seed must be an int or {num_envs} seeds, got {len(seed)}")
+    negative = [s for s in seed if s is not None and s < 0]
+    if negative:
+        raise ValueError(f"seed must be non-negative, got {negative[0]}")
     return list(seed)
 
 

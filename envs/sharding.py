@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +27,9 @@ from gymnasium.vector.utils import batch_space
 from rlsched.envs.mixtures import mixture
 from rlsched.envs.scheduling import Array, SchedulingVectorEnv, checked_actions, seeds_of
 from rlsched.envs.tasks import InnerTask
+
+GRACE = 0.25  # seconds that worker processes have to end
+UNGUARDED = 79  # exit code of a worker process that has met `check_main_guard`
 
 Make = Callable[[], VectorEnv[Array, Array, Array]]  # makes the environment of a shard, where the shard is to live
 
@@ -79,20 +86,27 @@ class Inline:
 
 
 class Processes:
-    """Each shard in a spawned process of its own, with one thread, which lives as long as the pipe to it."""
+    """Each shard in a spawned process of its own, with one thread, which lives as long as the pipe to it.
+
+    Raises:
+        ValueError: what makes an environment cannot be sent to another process.
+    """
 
     def __init__(self, makes: Sequence[Make]) -> None:
+        check_main_guard()
         self._pipes: list[Connection] = []
         self._workers: list[BaseProcess] = []
         context = multiprocessing.get_context("spawn")
         try:
-            for number, make in enumerate(makes):
+            for number in range(len(makes)):
                 pipe, far = context.Pipe()
                 self._pipes.append(pipe)
-                worker = context.Process(target=_work, args=(far, make), daemon=True, name=f"rlsched-shard-{number}")
-                worker.start()
+                worker = context.Process(target=_work, args=(far,), daemon=True, name=f"rlsched-shard-{number}")
+                with _deaf_to_interrupts():
+                    worker.start()
                 self._workers.append(worker)
                 far.close()
+            self._send(makes)
         except BaseException as error:
             self.close()
             if isinstance(error, (AttributeError, TypeError, pickle.PicklingError)):
@@ -103,34 +117,97 @@ class Processes:
             raise
 
     def ask(self, requests: list[tuple[str, Any]]) -> list[Any]:
-        for pipe, request in zip(self._pipes, requests, strict=True):
-            with suppress(ConnectionError):  # the worker is dead, and its answer will say so
-                pipe.send(request)
+        self._send(requests)
         return [_answer(pipe, worker) for pipe, worker in zip(self._pipes, self._workers, strict=True)]
 
     def close(self) -> None:
+        """End the workers; those that do not go within `GRACE`, be they busy, stopped or hung, are killed."""
         for pipe in self._pipes:
             pipe.close()  # the worker sees the end of the pipe and leaves
-        for worker in self._workers:
-            worker.join()
+        end = time.monotonic() + GRACE
+        try:
+            for worker in self._workers:
+                worker.join(max(0.0, end - time.monotonic()))
+        finally:
+            for worker in self._workers:
+                worker.kill()
+            for worker in self._workers:
+                worker.join(GRACE)
+
+    def _send(self, messages: Sequence[Any]) -> None:
+        for pipe, message in zip(self._pipes, messages, strict=True):
+            with suppress(ConnectionError):  # the worker is dead, and its answer will say so
+                pipe.send(message)
+
+
+def check_main_guard() -> None:
+    """Refuse to train in a worker process that is about to start.
+
+    It imports the script that started it. If that trains without asking whether it is the main program, each worker
+    comes here; it leaves quietly, and its parent, which is told how, says what is wrong.
+
+    Raises:
+        RuntimeError: there is nothing to import, because the script came through a pipe.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(UNGUARDED)
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if script is not None and getattr(main, "__spec__", None) is None and not os.path.exists(script):
+        raise RuntimeError(
+            f"processes: each worker process imports this script, and {script!r} is no file: save it, or use one "
+            "process"
+        )
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """A process that is started inside does not hear SIGINT: Ctrl-C reaches all of a terminal's processes.
+
+    It is for this process, which closes the pipe, and a traceback from each worker, which may still be importing torch,
+    would bury what it says. A signal that comes inside waits.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which the first process would start, and open the mask as it does
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer(pipe: Connection, worker: BaseProcess) -> Any:
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        worker.join()
-        return RuntimeError(f"the worker process {worker.name} died (exit code {worker.exitcode})")
+        worker.join(GRACE)
+        if worker.exitcode == UNGUARDED:
+            return RuntimeError(
+                "processes: each worker process imports this script, which starts them: put what trains under "
+                "`if __name__ == '__main__':`, or use one process"
+            )
+        return ChildProcessError(f"the worker process {worker.name} died (exit code {worker.exitcode})")
 
 
-def _work(pipe: Connection, make: Make) -> None:
+def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted parent closes the pipe
     torch.set_num_threads(1)
-    shard = Shard(make)
     with suppress(EOFError, ConnectionError):  # the parent closed the pipe
+        try:
+            shard = Shard(pipe.recv())
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:  # a module of the task cannot be imported here
+            shard = Shard(partial(_refuse, error))
         while True:
             answer = shard.answer(*pipe.recv())
             pipe.send(_portable(answer) if isinstance(answer, Exception) else answer)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    raise error
 
 
 def _portable(error: Exception) -> Exception:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from numpy.random import Generator
 from torch import Tensor, nn
 from torch.nn import functional
@@ -108,8 +111,9 @@ class InnerTask:
         InnerTask(lambda: nn.Linear(784, 10), (images, labels), nn.functional.cross_entropy, batch_size=64)
 
     Args:
-        network: makes a module with new initial weights, from torch's global random numbers. (For worker processes, it
-            has to be importable: a class, a function or a `functools.partial`, and no lambda.)
+        network: makes a module with new initial weights, from torch's global random numbers; it is no module itself.
+            (For worker processes, it has to be importable: a class, a function or a `functools.partial`, and no
+            lambda.)
         data: a pair of tensors (inputs, targets), a map-style `Dataset` of such pairs, or a `Source`.
         loss: (outputs, targets) -> mean loss of one network on one batch, 0-d, and better positive: the reward is its
             logarithm's drop.
@@ -124,7 +128,7 @@ class InnerTask:
 
     Raises:
         ValueError: a value is out of its range, or inputs and targets differ in length.
-        TypeError: `data` is none of the above.
+        TypeError: `data` is none of the above, or `network` makes nothing.
     """
 
     network: Callable[[], nn.Module]
@@ -138,6 +142,11 @@ class InnerTask:
     source: Source = field(init=False, repr=False)  # what `data` came to
 
     def __post_init__(self) -> None:
+        if isinstance(self.network, nn.Module) or not callable(self.network):
+            raise TypeError(
+                "network must be what makes a new network, such as a class or a function without arguments, "
+                f"got {self.network if callable(self.network) else repr(self.network)}"
+            )
         source = self.data if hasattr(self.data, "draw") else Stored.of(self.data)
         object.__setattr__(self, "source", source)
         check_at_least(1, self, "interval", "validation_interval")
@@ -166,6 +175,28 @@ class InnerTask:
         if not isinstance(network, nn.Module):
             raise TypeError(f"network must make an nn.Module, it made a {type(network).__name__}")
         return network
+
+    def check(self, name: str) -> None:
+        """Take a gradient, on data as an episode has them.
+
+        Args:
+            name: of the task, for what is told.
+
+        Raises:
+            ValueError: network, data and loss do not go together, or the loss has no logarithm before training.
+        """
+        try:
+            points, network = self.source.draw(np.random.default_rng(0)), self.initial_network(0)
+            size = self.batch_sizes[0]
+            with seeded(0):  # dropout draws as well
+                self.loss(network(points.inputs[:size]), points.targets[:size]).backward()
+            network.eval()
+            with torch.no_grad():
+                loss = float(self.loss(network(points.validation_inputs), points.validation_targets))
+        except Exception as error:  # of the user's code
+            raise ValueError(f"tasks: {name!r} fails on its own data, {type(error).__name__}: {error}") from error
+        if not 0 < loss < math.inf:
+            raise ValueError(f"tasks: the loss of {name!r} must be positive and finite before training, it is {loss:g}")
 
 
 # --- Losses of the generated tasks ----------------------------------------------------------------------------------

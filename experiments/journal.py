@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 import rlsched
+from rlsched.files import append, make_folder
 
 Row = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
@@ -24,21 +25,19 @@ CPUINFO = Path("/proc/cpuinfo")  # of Linux
 class Journal(Generic[Key]):
     """The results of a study, to be added to: each is in the file as soon as it was added.
 
+    One process at a time may add to a file: see `rlsched.files.locked`.
+
     Args:
         path: the file; it and its folder are made where they are missing.
         key: says what a row is the result of, and raises KeyError or TypeError if it is none of this study.
 
     Raises:
-        ValueError: a folder cannot be made at `path.parent`, or a line of the file is no result.
+        ValueError: a line of the file is no result.
+        OSError: the folder cannot be made, or nothing can be written there.
     """
 
     def __init__(self, path: Path, key: Callable[[Row], Key]) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ValueError(
-                f"out must be a folder, new or old, got {path.parent}, where a file is in the way"
-            ) from None
+        make_folder(path.parent)
         path.touch()  # a folder that nothing can be written to is better known before the first run
         self.path = path
         self.rows = read(path, key)
@@ -50,11 +49,14 @@ class Journal(Generic[Key]):
         return key in self.rows
 
     def add(self, row: Row) -> None:
-        """Write a row down, with where it comes from."""
+        """Write a row down, with where it comes from.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was.
+        """
         row = {**row, "provenance": self._provenance}
         key = self._key(row)
-        with self.path.open("ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
+        append(self.path, json.dumps(row).encode() + b"\n")
         self.rows[key] = row
 
     def _end_the_last_line(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from rlsched.files import write
 
 TABLE, PLOT = "table.md", "plot.png"
 
@@ -19,6 +22,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1
 
 def publish(out: Path, table: str, plot: Figure) -> str:
     """Write `table.md` and `plot.png` beside the results in `out`, and return the table."""
-    (out / TABLE).write_text(table + "\n")
-    plot.savefig(out / PLOT, dpi=110)
+    write(out / TABLE, f"{table}\n".encode())
+    picture = io.BytesIO()
+    plot.savefig(picture, format="png", dpi=110)
+    write(out / PLOT, picture.getvalue())
     return table

@@ -10,12 +10,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+MOST_LAYERS, MOST_WEIGHTS = 64, 10**7  # of an actor: a policy file that says more is none
 ACTIVATIONS: Mapping[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 Memory = Any  # what an actor carries from one decision to the next: a tensor (*batch, size), or None
 
@@ -26,11 +28,11 @@ class Actor(nn.Module, ABC):
     Args:
         inputs: number of observations.
         outputs: number of controls.
-        hidden: widths of the layers between.
+        hidden: widths of the layers between, at most `MOST_LAYERS`; with at most `MOST_WEIGHTS` weights between them.
         activation: "tanh" or "relu", between the layers.
 
     Raises:
-        ValueError: a width or the activation is not what it can be.
+        ValueError: a number, a width or the activation is not what it can be.
     """
 
     name: ClassVar[str]
@@ -39,11 +41,12 @@ class Actor(nn.Module, ABC):
 
     def __init__(self, inputs: int, outputs: int, hidden: Sequence[int] = (64, 64), activation: str = "tanh") -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
+        if not (inputs >= 1 and outputs >= 1):
+            raise ValueError(f"inputs and outputs must be at least 1, got {inputs} and {outputs}")
+        if activation not in list(ACTIVATIONS):
             raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
-        if not all(isinstance(width, int) and width > 0 for width in hidden):
-            raise ValueError(f"hidden must hold positive widths, got {tuple(hidden)}")
-        self.inputs, self.outputs, self.hidden, self.activation = inputs, outputs, tuple(hidden), activation
+        self.inputs, self.outputs, self.activation = inputs, outputs, activation
+        self.hidden = checked_widths(hidden, inputs, outputs)
 
     def begin(self, batch: tuple[int, ...] = ()) -> Memory:
         """What it remembers at the start of runs of shape `batch`."""
@@ -135,6 +138,26 @@ class Recurrent(Actor):
         return cell | {f"behind.{key}": tensor for key, tensor in Perceptron.trained(weights).items()}
 
 
+def checked_widths(hidden: Sequence[int], inputs: int = 1, outputs: int = 1) -> tuple[int, ...]:
+    """The widths of an actor's layers as a tuple.
+
+    Raises:
+        ValueError: they are not positive ints, or more of them, or larger, than an actor may have.
+    """
+    few = isinstance(hidden, Sequence) and not isinstance(hidden, str) and len(hidden) <= MOST_LAYERS
+    if not few or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in hidden):
+        raise ValueError(f"hidden must hold positive widths, at most {MOST_LAYERS}, got {_shown(hidden)}")
+    widths = tuple(map(int, hidden))
+    if sum(n * m for n, m in pairwise((inputs, *widths, outputs))) > MOST_WEIGHTS:
+        raise ValueError(f"hidden must come to at most {MOST_WEIGHTS:,} weights, got {_shown(hidden)}")
+    return widths
+
+
+def _shown(hidden: Any) -> str:
+    """As it was given, but for the most of a very long list."""
+    return text if len(text := repr(hidden)) < 200 else f"{text[:200]} …"
+
+
 def blank(kind: type[nn.Module], *args: Any, **options: Any) -> nn.Module:
     """A module with zeros for weights. It draws none: who loads a policy has use for their random numbers."""
     module = nn.utils.skip_init(kind, *args, **options, device="cpu", dtype=torch.float32)
@@ -171,6 +194,6 @@ def actor(name: str, *args: Any, **options: Any) -> Actor:
     Raises:
         ValueError: there is none of this name, or an option is out of its range.
     """
-    if name not in ACTORS:
+    if name not in list(ACTORS):  # of the list, where a name from a file may be of any type
         raise ValueError(f"actor must be one of {list(ACTORS)}, got {name!r}")
     return ACTORS[name](*args, **options)

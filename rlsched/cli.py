@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 import rlsched
-from rlsched.policy import SUFFIX, SchedulePolicy, available
 
 if TYPE_CHECKING:
     from rlsched.agents import TrainConfig
+
+# Everything else is imported by the verbs that need it: torch alone takes seconds, in which Ctrl-C should be heard.
 
 DESCRIPTION = "Learned schedules for PyTorch optimizers: train a scheduling policy, and compare it with others."
 EXTRAS = {"gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "sklearn", "matplotlib", "tqdm"}
@@ -36,8 +38,8 @@ COMPARE = """\
 Compare a policy with constant, linear and cosine schedules on real training runs of equal work. The others are
 tuned over five learning rates; the policy gets three base learning rates and takes them as they come. Whether it
 adapts to a run shows in a replay: the same run under the mean of what the policy did with the other seeds (so there
-is none with --seeds 1). Writes runs.jsonl (results already there are kept), table.md, plot.png and TensorBoard logs
-to the folder --out.
+is none with --seeds 1). Writes runs.jsonl (results already there are kept, another policy's beside them), table.md,
+plot.png and TensorBoard logs to the folder --out.
 
 Tasks are digits, mnist (which needs --data), the families of rlsched.envs.FAMILIES, and your own: module:NAME is an
 InnerTask, or a sequence of them, in a module of this folder or an installed one.
@@ -58,73 +60,142 @@ examples:
 """
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: worker processes are not left behind."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that says in a line what is wrong.
+
+    Args:
+        fill: gives it its arguments, not before it is to parse any.
+    """
+
+    def __init__(self, *args: Any, fill: Callable[[Parser], None] | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.fill = fill
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill(self)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 1 for wrong input, 130 when interrupted."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    """Run the command; returns its exit code: 0, 1 for wrong input, 130 when interrupted and 143 when terminated."""
+    options = argparse.Namespace()
     if (here := os.getcwd()) not in sys.path:  # for tasks as module:NAME; `python -m` has it there, the command has not
         sys.path.append(here)
-    return exit_code(f"rlsched {options.verb}", lambda: options.run(options))
+    return exit_code("rlsched", lambda: _parser().parse_args(arguments, options)) or exit_code(
+        f"rlsched {options.verb}", lambda: options.run(options)
+    )
 
 
 def exit_code(command: str, work: Callable[[], object]) -> int:
-    """Do the work of a command; what went wrong is told in a line. Returns 0, 1 for wrong input, 130 if interrupted."""
+    """Do the work of a command; what went wrong is told in a line.
+
+    Returns:
+        0, 1 for wrong input, 130 if it was interrupted, 143 if it was terminated.
+    """
     try:
-        work()
-    except KeyboardInterrupt:
+        with _terminable(), _quiet_threads():
+            work()
+    except KeyboardInterrupt as interrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupt, Terminated) else 130
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRAS:
             raise
         print(f"{command} needs {error.name}: pip install 'rlsched[train]'", file=sys.stderr)
         return 1
-    except (ValueError, FileNotFoundError) as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{command}: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("rlsched", description=DESCRIPTION)
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Inside, threads say nothing of a full disk: TensorBoard's raises that error in the main thread as well."""
+    before = threading.excepthook
+
+    def tell(arguments: threading.ExceptHookArgs) -> None:
+        if not issubclass(arguments.exc_type, OSError):
+            before(arguments)
+
+    threading.excepthook = tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _parser() -> Parser:
+    parser = Parser("rlsched", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"rlsched {rlsched.__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,compare,export}")
-
-    def verb(name: str, summary: str, text: str, run: Any) -> argparse.ArgumentParser:
+    for name, summary, text, fill, run in (
+        ("train", "train a scheduling policy", TRAIN, _train_options, _train),
+        ("compare", "compare a policy with other schedules", COMPARE, _compare_options, _compare),
+        ("export", "export a policy file from a training run", EXPORT, _export_options, _export),
+    ):
         raw = argparse.RawDescriptionHelpFormatter
-        sub = verbs.add_parser(name, help=summary, description=text, formatter_class=raw)
-        sub.set_defaults(run=run)
-        return sub
-
-    train = verb("train", "train a scheduling policy", TRAIN, _train)
-    train.add_argument("--preset", default="default", help="where the other options start from: default, demo")
-    train.add_argument("--run-dir", "--log-dir", help="folder of the run: checkpoint, TensorBoard log, policy file")
-    _add_config_options(train)
-
-    compare = verb("compare", "compare a policy with other schedules", COMPARE, _compare)
-    shipped = ", ".join(available()) or "none"
-    compare.add_argument("--policy", default="default", help=f"policy file, or a shipped policy ({shipped})")
-    compare.add_argument("--tasks", "--task", nargs="+", default=["digits"], help="names, see above (default: digits)")
-    compare.add_argument(
-        "--optimizers", nargs="+", default=["sgd", "adam"], help="sgd, adam, adamw (default: sgd adam)"
-    )
-    compare.add_argument("--steps", nargs="+", type=int, default=[400], help="inner steps of a run (default: 400)")
-    compare.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
-    compare.add_argument("--data", type=Path, help="folder with the files of tasks that need them (mnist)")
-    compare.add_argument("--out", "--log-dir", type=Path, default=Path("runs/compare"), help="(default: runs/compare)")
-
-    export = verb("export", "export a policy file from a training run", EXPORT, _export)
-    export.add_argument("source", type=Path, help="folder of a training run, or a checkpoint in it")
-    export.add_argument("--out", type=Path, required=True, help=f"policy file to write, ending in {SUFFIX}")
+        verb = verbs.add_parser(name, help=summary, description=text, formatter_class=raw, fill=fill)
+        verb.set_defaults(run=run)
     return parser
 
 
-def _add_config_options(parser: argparse.ArgumentParser) -> None:
-    """An option for each field of TrainConfig; needs the training extras only when training is asked for."""
-    try:
-        from rlsched.agents.config import TrainConfig
-    except ModuleNotFoundError:
-        return  # `train` itself will name what is missing
+def _compare_options(parser: Parser) -> None:
+    from rlsched.policy import available
+
+    shipped = ", ".join(available()) or "none"
+    parser.add_argument("--policy", default="default", help=f"policy file, or a shipped policy ({shipped})")
+    parser.add_argument("--tasks", "--task", nargs="+", default=["digits"], help="names, see above (default: digits)")
+    parser.add_argument("--optimizers", nargs="+", default=["sgd", "adam"], help="sgd, adam, adamw (default: sgd adam)")
+    parser.add_argument("--steps", nargs="+", type=int, default=[400], help="inner steps of a run (default: 400)")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
+    parser.add_argument("--data", type=Path, help="folder with the files of tasks that need them (mnist)")
+    parser.add_argument("--out", "--log-dir", type=Path, default=Path("runs/compare"), help="(default: runs/compare)")
+
+
+def _export_options(parser: Parser) -> None:
+    from rlsched.policy import SUFFIX
+
+    parser.add_argument("source", type=Path, help="folder of a training run, or a checkpoint in it")
+    parser.add_argument("--out", type=Path, required=True, help=f"policy file to write, ending in {SUFFIX}")
+
+
+def _train_options(parser: Parser) -> None:
+    """Beside its own, an option for each field of TrainConfig."""
+    from rlsched.agents.config import TrainConfig
+
+    parser.add_argument("--preset", default="default", help="where the other options start from: default, demo")
+    parser.add_argument("--run-dir", "--log-dir", help="folder of the run: checkpoint, TensorBoard log, policy file")
     types = typing.get_type_hints(TrainConfig)
     group = parser.add_argument_group("configuration (defaults of the preset `default` in brackets)")
     for field in fields(TrainConfig):
@@ -158,6 +229,8 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 
 def _train(options: argparse.Namespace) -> None:
+    import torch
+
     from rlsched.agents import train
 
     config = _config(options)
@@ -177,15 +250,18 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    import torch
+
     from rlsched.experiments.compare.analysis import report
     from rlsched.experiments.compare.run import RUNS, TENSORBOARD, Plan, compare
     from rlsched.experiments.table import PLOT, TABLE
+    from rlsched.policy import SchedulePolicy
 
     policy = SchedulePolicy.load(options.policy)
     torch.set_num_threads(min(2, torch.get_num_threads()))  # the networks are small: more cost more than they give
     plan = Plan(options.tasks, options.optimizers, options.steps, options.seeds, data=options.data)
-    compare(plan, policy, options.out)
-    print(report(options.out, policy.digest))
+    compare(plan, policy, options.out, str(options.policy))
+    print(report(options.out))
     print()
     for what, name in (("table", TABLE), ("plot", PLOT), ("results", RUNS), ("TensorBoard", TENSORBOARD)):
         print(f"{what:<11} {options.out / name}")
@@ -193,7 +269,10 @@ def _compare(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from rlsched.agents.export import load_checkpoint
+    from rlsched.policy import SUFFIX
 
+    if options.out.suffix != SUFFIX:
+        raise ValueError(f"--out must end in {SUFFIX}, got {str(options.out)!r}")
     policy = load_checkpoint(options.source)
     print(f"{policy.save(options.out)}: {policy!r}")
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from rlsched.base_schedule import BaseSchedule, named_base_schedule
 from rlsched.control import CONTROLS, LR, decided
+from rlsched.files import write
 
 VERSION = 2  # of the file, raised whenever a field changes its meaning
 
@@ -117,11 +118,9 @@ class FrozenSchedule:
         return float(np.interp(step, self.steps, self.lr_factors))
 
     def save(self, path: str | Path) -> Path:
-        """Write the schedule as JSON; its folder is made if need be. Returns the path."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"version": VERSION, **asdict(self)}, allow_nan=False) + "\n")
-        return path
+        """Write the schedule as JSON, in one move; its folder is made if need be. Returns the path."""
+        text = json.dumps({"version": VERSION, **asdict(self)}, allow_nan=False) + "\n"
+        return write(path, text.encode())
 
     @classmethod
     def load(cls, path: str | Path) -> FrozenSchedule:

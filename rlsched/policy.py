@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,11 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.nn import functional
 
 from rlsched.actors import Actor, Memory, Perceptron, actor
 from rlsched.base_schedule import BaseSchedule, named_base_schedule
 from rlsched.control import CONTROLS
+from rlsched.domain import Domain, check_finite
+from rlsched.files import write
 from rlsched.number import Number
 from rlsched.signals import OBSERVATIONS
 
@@ -28,7 +29,7 @@ SPEC, INFO, DIGEST = "rlsched.spec", "rlsched.info", "rlsched.sha256"
 
 
 class PolicyFileError(ValueError):
-    """A policy file that cannot be used: truncated, altered, or written for another rlsched."""
+    """A policy file that cannot be used: truncated, altered, malformed, or written for another rlsched."""
 
 
 @runtime_checkable
@@ -51,41 +52,23 @@ class Policy(Protocol):
         """The action in [−1, 1], (*batch, controls), and the new memory, for observations (*batch, observations)."""
 
 
-class Domain(NamedTuple):
-    """Where the observations lie that a policy was trained on."""
+class _Spec(NamedTuple):
+    """What a policy is but for its numbers, as its file says it."""
 
-    mean: Tensor  # (observations,)
-    whitening: Tensor  # (observations, observations): a whitened observation has the covariance 1
-    limit: Tensor  # 0-d: a distance that one of a thousand observations exceeds
-
-    @classmethod
-    def of(cls, observations: Tensor) -> Domain:
-        """The domain of observations (n, observations), of which there have to be many more than entries."""
-        x = observations.double()
-        mean = x.mean(0)
-        # An entry that hardly changed in training is taken to vary by a tenth: all of them are scaled to about 1.
-        variance, basis = torch.linalg.eigh(torch.cov(x.T) + 0.01 * torch.eye(x.shape[1], dtype=x.dtype))
-        domain = cls(mean.float(), (basis / variance.sqrt()).T.float(), torch.ones(()))
-        distances = domain.distance(observations)
-        return domain._replace(limit=distances.quantile(0.999))
-
-    def distance(self, observation: Tensor) -> Tensor:
-        """Mahalanobis distance from the mean, (*batch,)."""
-        return torch.linalg.vector_norm(functional.linear(observation - self.mean, self.whitening), dim=-1)
-
-    def influence(self, observation: Tensor) -> Number:
-        """What is left of an action, (*batch,), in (0, 1]: 1 inside, and falling with the square of the distance."""
-        distance = self.distance(observation)
-        if distance.dim() == 0:
-            return min(1.0, (float(self.limit) / max(float(distance), 1e-12)) ** 2)
-        return (self.limit / distance.clamp(min=1e-12)).square().clamp(max=1)
+    version: int
+    observations: tuple[str, ...]
+    controls: tuple[str, ...]
+    actor: str
+    actor_options: dict[str, Any]
+    safe_start: bool
+    base_schedule: str
 
 
 class SchedulePolicy:
     """A deterministic scheduling policy: the actions of an actor, clipped to [−1, 1], as far as they are to be trusted.
 
     Args:
-        actor: decides; its weights are taken over as they are, in float32 on the host.
+        actor: decides; its weights are taken over as they are, in float32 on the host, and have to be finite.
         observations: names of what it sees, in the order of its inputs.
         controls: names of what it moves, in the order of its outputs.
         safe_start: whether runs under this policy begin with a probe (`rlsched.schedule.probe`).
@@ -94,7 +77,8 @@ class SchedulePolicy:
         info: anything JSON can hold about how the policy was trained and how it scored.
 
     Raises:
-        ValueError: there is no such observation, control or base schedule, or their numbers are not the actor's.
+        ValueError: there is no such observation, control or base schedule, or their numbers are not the actor's; a
+            weight or the domain is not finite, or the domain not that of the observations.
     """
 
     def __init__(
@@ -115,9 +99,15 @@ class SchedulePolicy:
                 f"actor takes {actor.inputs} observations and gives {actor.outputs} actions, for "
                 f"{len(self.observations)} observations and {len(self.controls)} controls"
             )
+        if not isinstance(safe_start, bool):
+            raise ValueError(f"safe_start must be True or False, got {safe_start!r}")
+        if info is not None and not isinstance(info, dict):
+            raise ValueError(f"info must be a dict, got {type(info).__name__}")
         self.actor = actor.to("cpu", torch.float32).requires_grad_(False).eval()
+        for name, tensor in self.actor.state_dict().items():
+            check_finite(f"actor: {name}", tensor)
         self.safe_start = safe_start
-        self.domain = domain
+        self.domain = None if domain is None else domain.checked(len(self.observations))
         self.base_schedule = named_base_schedule(base_schedule)
         self.info = info or {}
 
@@ -133,7 +123,7 @@ class SchedulePolicy:
 
         Raises:
             FileNotFoundError: there is neither such a name nor such a file.
-            PolicyFileError: the file is truncated, was altered, or needs what this rlsched does not have.
+            PolicyFileError: the file is truncated, was altered, is malformed, or needs what this rlsched does not have.
         """
         path = _resolve(name_or_path)
         try:
@@ -144,44 +134,59 @@ class SchedulePolicy:
             raise PolicyFileError(f"{path} is not a whole policy file: {error}") from error
         if not {SPEC, INFO, DIGEST} <= metadata.keys():
             raise PolicyFileError(f"{path} is a safetensors file, but not one written by SchedulePolicy.save")
-        floats = all(tensor.dtype == torch.float32 for tensor in tensors.values())
-        if not floats or metadata[DIGEST] != _digest(tensors, metadata):
+        if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+            raise PolicyFileError(f"{path} holds other numbers than float32, which no policy file does")
+        if metadata[DIGEST] != _digest(tensors, metadata):
             raise PolicyFileError(f"{path} was altered after it was saved: its contents do not match its checksum")
-        spec = json.loads(metadata[SPEC])
-        if spec["version"] != VERSION:
-            raise PolicyFileError(
-                f"{path} is of version {spec['version']} of policy files, this rlsched reads version {VERSION}: "
-                "train the policy again, or install the rlsched it was made with"
-            )
-        domain = {name: tensors.pop(_key(name)) for name in Domain._fields if _key(name) in tensors}
         try:
-            made = actor(spec["actor"], len(spec["observations"]), len(spec["controls"]), **spec["actor_options"])
-            made.load_state_dict(tensors)
-            return cls(
-                made,
-                spec["observations"],
-                spec["controls"],
-                safe_start=spec["safe_start"],
-                domain=Domain(**domain) if domain else None,
-                base_schedule=spec["base_schedule"],
-                info=json.loads(metadata[INFO]),
-            )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise PolicyFileError(f"{path} needs what this rlsched {_version()} does not have: {error}") from error
+            spec, info = _fields(SPEC, metadata[SPEC]), _fields(INFO, metadata[INFO])
+            if spec.get("version") == VERSION:
+                return cls._of(spec, info, tensors)
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # RuntimeError: of `load_state_dict`
+            raise PolicyFileError(f"{path} is no policy that this rlsched {_version()} can use: {error}") from error
+        raise PolicyFileError(
+            f"{path} is of version {spec.get('version')} of policy files, this rlsched reads version {VERSION}: "
+            "train the policy again, or install the rlsched it was made with"
+        )
+
+    @classmethod
+    def _of(cls, spec: dict[str, Any], info: dict[str, Any], tensors: Mapping[str, Tensor]) -> SchedulePolicy:
+        """The policy whose `_spec()` and `_tensors()` these are."""
+        if spec.keys() != set(_Spec._fields):
+            raise ValueError(f"{SPEC} must have {_Spec._fields}, it has {tuple(spec)}")
+        weights = dict(tensors)
+        domain = {name: weights.pop(_key(name)) for name in Domain._fields if _key(name) in weights}
+        if domain and len(domain) < len(Domain._fields):
+            raise ValueError(f"domain must have {Domain._fields}, it has {tuple(domain)}")
+        said = _Spec(**spec)
+        observations = checked_names("observations", said.observations, OBSERVATIONS)
+        controls = checked_names("controls", said.controls, CONTROLS)
+        made = actor(said.actor, len(observations), len(controls), **said.actor_options)
+        made.load_state_dict(weights)
+        return cls(
+            made,
+            observations,
+            controls,
+            safe_start=said.safe_start,
+            domain=Domain(**domain) if domain else None,
+            base_schedule=said.base_schedule,
+            info=info,
+        )
 
     def save(self, path: str | Path) -> Path:
-        """Write the policy file; its folder is made if need be. Returns the path."""
+        """Write the policy file, in one move; its folder is made if need be. Returns the path.
+
+        Raises:
+            ValueError: `path` does not end in `SUFFIX`.
+            OSError: it cannot be written.
+        """
         path = Path(path)
         if path.suffix != SUFFIX:
             raise ValueError(f"path must end in {SUFFIX}, got {str(path)!r}")
-        metadata = {SPEC: json.dumps(self._spec()), INFO: json.dumps(self.info)}
+        metadata = {SPEC: json.dumps(self._spec()._asdict()), INFO: json.dumps(self.info)}
         tensors = self._tensors()
         metadata[DIGEST] = _digest(tensors, metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(save(tensors, metadata))  # save_file would make it unreadable for others
-        partial.replace(path)
-        return path
+        return write(path, save(tensors, metadata))  # save_file would make it unreadable for others
 
     def begin(self, batch: tuple[int, ...] = ()) -> Memory:
         """What it remembers at the start of runs of shape `batch`."""
@@ -191,13 +196,14 @@ class SchedulePolicy:
     def act(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         """The action in [−1, 1], (*batch, controls), and the new memory, for observations (*batch, observations)."""
         action, memory = self.actor(observation, memory)
-        action, influence = action.clamp(-1, 1), self.influence(observation)
+        action = action.nan_to_num(nan=0.0).clamp(-1, 1)  # of weights whose products overflow
+        influence = self.influence(observation)
         if isinstance(influence, Tensor):
             return action * influence.unsqueeze(-1), memory
         return (action if influence == 1 else action * influence), memory
 
     def influence(self, observation: Tensor) -> Number:
-        """How far the actions are trusted, (*batch,), in (0, 1]: 1 where the policy was trained."""
+        """How far the actions are trusted, (*batch,), in [0, 1]: 1 where the policy was trained."""
         if self.domain is not None:
             return self.domain.influence(observation)
         return observation.new_ones(observation.shape[:-1]) if observation.dim() > 1 else 1.0
@@ -205,18 +211,18 @@ class SchedulePolicy:
     @property
     def digest(self) -> str:
         """SHA-256 of all that decides the actions: the same for the same policy, wherever it was saved."""
-        return _digest(self._tensors(), {SPEC: json.dumps(self._spec())})
+        return _digest(self._tensors(), {SPEC: json.dumps(self._spec()._asdict())})
 
-    def _spec(self) -> dict[str, Any]:
-        return {
-            "version": VERSION,
-            "observations": self.observations,
-            "controls": self.controls,
-            "actor": self.actor.name,
-            "actor_options": {"hidden": self.actor.hidden, "activation": self.actor.activation},
-            "safe_start": self.safe_start,
-            "base_schedule": self.base_schedule.name,
-        }
+    def _spec(self) -> _Spec:
+        return _Spec(
+            VERSION,
+            self.observations,
+            self.controls,
+            self.actor.name,
+            {"hidden": self.actor.hidden, "activation": self.actor.activation},
+            self.safe_start,
+            self.base_schedule.name,
+        )
 
     def _tensors(self) -> dict[str, Tensor]:
         domain = {} if self.domain is None else self.domain._asdict()
@@ -240,12 +246,28 @@ def checked_names(argument: str, names: Sequence[str], known: Mapping[str, Any])
     """The names as a tuple.
 
     Raises:
-        ValueError: one of them is not known, or there twice, or they are a single string.
+        ValueError: they are not known names, or one is there twice, or they are a single string.
     """
-    unknown = [names] if isinstance(names, str) else [name for name in names if name not in known]
-    if unknown or len(set(names)) < len(names):
+    are_known = isinstance(names, Collection) and not isinstance(names, str)
+    are_known = are_known and all(isinstance(name, str) and name in known for name in names)
+    if not are_known or len(set(names)) < len(names):
         raise ValueError(f"{argument} must be some of {tuple(known)}, each once, got {names!r}")
     return tuple(names)
+
+
+def _fields(what: str, text: str) -> dict[str, Any]:
+    """Of an entry of the metadata.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{what} must be a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def _version() -> str:
@@ -280,7 +302,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     sha = hashlib.sha256()
     for key in sorted(tensors):
         sha.update(f"{key}{tuple(tensors[key].shape)}".encode())
-        sha.update(tensors[key].contiguous().numpy().tobytes())
+        sha.update(tensors[key].reshape(-1).numpy().tobytes())  # NumPy has at most 64 dimensions
     for key in sorted(metadata.keys() - {DIGEST}):
         sha.update(f"{key}{metadata[key]}".encode())
     return sha.hexdigest()

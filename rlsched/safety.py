@@ -87,7 +87,7 @@ class Guard:
 
     A run diverges if its last three steps or more were not finite; if the running average of its loss is three times
     the lowest that it was, and has lost half of all that was gained since the run began; or if it has lost that much
-    for a tenth of the run, or for a third of that if it is worse than untrained. It idles if for a tenth of the run
+    for a tenth of the run, or for a third of that if it is worse than untrained. It idles if for a twentieth of the run
     nothing was gained at all, at learning rates of more than twice those of the base schedule, by steps that ought to
     have gained something to first order.
 
@@ -261,7 +261,7 @@ class Guard:
         if (average > lowest + RISE and math.exp(average) > middle) or lost_is_enough:
             self._judge_anew(max(window.loss, average))
             return Alarm(f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}")
-        if idle > patience:
+        if idle > max(LEAST_PATIENCE, patience / 2):
             self._judge_anew(average)
             times = f"{math.exp(factor):.2g} times that of the base schedule"
             return Alarm(f"the loss is where it began, at an lr of {times}", is_idle=True)

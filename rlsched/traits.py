@@ -11,7 +11,7 @@ ADAPTIVE = {"RMSprop", "Adagrad", "Adadelta", "Adafactor", "Rprop"}  # beside al
 AVERAGING = {"Muon", "SGDScheduleFree", "SGDScheduleFreeReference"}
 # Optimizers that find their own scale: what the first steps do tells nothing of those to come.
 OWN_SCALE = {"Adadelta", "Rprop", "Prodigy", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptLion", "DAdaptSGD"}
-OWN_SCALE_TRUST = 2.0  # the factor by which a policy may move their learning rate, which it was not trained to do
+OWN_SCALE_TRUST = 10.0  # the factor by which a policy may move their learning rate, which it was not trained to do
 
 
 class Traits(NamedTuple):

@@ -97,9 +97,15 @@ def test_run_goes_on_with_what_the_actor_remembers(kind, stop):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"hidden": (0,)}, r"hidden must hold positive widths, got \(0,\)"),
-    ({"hidden": (2.5,)}, r"hidden must hold positive widths, got \(2.5,\)"),
+    ({"hidden": (0,)}, r"hidden must hold positive widths, at most 64, got \(0,\)"),
+    ({"hidden": (2.5,)}, r"hidden must .*, got \(2.5,\)"),
+    ({"hidden": (True,)}, r"hidden must .*, got \(True,\)"),
+    ({"hidden": "64"}, r"hidden must .*, got '64'"),
+    ({"hidden": 64}, r"hidden must .*, got 64"),
+    ({"hidden": (1,) * 99}, r"hidden must .* at most 64, got \(1, 1, .* …"),
+    ({"hidden": (10**12,)}, r"hidden must come to at most 10,000,000 weights, got \(1000000000000,\)"),
     ({"activation": "gelu"}, r"activation must be one of \['relu', 'tanh'\], got 'gelu'"),
+    ({"activation": ["tanh"]}, r"activation must be one of \['relu', 'tanh'\], got \['tanh'\]"),
 ])  # fmt: skip
 @EACH
 def test_wrong_argument_is_named(kind, options, message):

@@ -22,8 +22,19 @@ MOST_LINES = 350
 
 # What a folder may import from outside of it. `experiments`, which nobody imports, may take anything.
 ALLOWED = {
-    "envs": {"base_schedule", "control", "traits", "moments", "policy", "schedule", "signals", "summary", "validation"},
-    "agents": {"envs", "actors", "base_schedule", "control", "policy", "signals"},
+    "envs": {
+        "base_schedule",
+        "control",
+        "files",
+        "traits",
+        "moments",
+        "policy",
+        "schedule",
+        "signals",
+        "summary",
+        "validation",
+    },
+    "agents": {"envs", "actors", "base_schedule", "control", "domain", "files", "policy", "signals"},
     "rlsched/integrations": {"checkpoint", "controller", "optimizer", "options"},
 }
 

@@ -1,6 +1,13 @@
 """The `rlsched` command."""
 
+import os
+import resource
+import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +19,19 @@ from rlsched.cli import main
 from rlsched.envs import SetupDistribution
 from rlsched.envs.mixtures import classifier
 from rlsched.envs.sources import TeacherStudent
+from rlsched.files import locked
 
 SOURCE = TeacherStudent(inputs=6, classes=3, points=(32, 64), validation_points=16)
 TASK = classifier(SOURCE, (8,), batch_size=8, interval=4, setup=SetupDistribution(decisions=(6, 9)))
 SIZES = {"num-envs": 8, "n-steps": 4, "batch-size": 16, "timesteps": 64, "processes": 1, "eval-episodes": 4}
 TINY = ["--tasks", f"{__name__}:TASK", *(word for name, value in SIZES.items() for word in (f"--{name}", str(value)))]
 
+BROKEN = """
+import torch
+from rlsched.envs import InnerTask
+
+TASK = InnerTask(lambda: 1 / 0, (torch.ones(20, 3), torch.arange(20) % 4))
+"""
 MODULE = """
 from functools import partial
 import torch
@@ -89,21 +103,90 @@ def test_tasks_in_a_module_of_this_folder(tmp_path, monkeypatch, capsys):
         (["train", "--controls", "mood"], "controls"),
         (["train", "--base-schedule", "mood"], "base_schedule"),
         (["train", "--actor", "mood"], "actor"),
+        (["train", "--seed", "-1"], "seed must be a whole number, between 0 and 4294967295, got -1"),
+        (["train", "--gae-lambda", "1.5"], "gae_lambda must be between 0 and 1, got 1.5"),
+        (["train", "--learning-rate", "nan"], "learning_rate must be positive and finite, got nan"),
+        (["train", "--log-std-init", "inf"], "log_std_init must be between -20 and 2, got inf"),
+        (["train", "--tasks", "json:dumps"], "tasks must be an InnerTask or a sequence of them"),
+        (["train", "--tasks", "broken_module:TASK"], "cannot be imported, ZeroDivisionError: division by zero"),
+        (["train", "--tasks", "broken_tasks:TASK"], "fails on its own data, ZeroDivisionError: division by zero"),
+        (["train", *TINY, "--run-dir", "file"], "file: must be a folder, and a file is in the way"),
+        (["train", *TINY, "--run-dir", "file/inside"], "must be a folder, and a file is in the way"),
+        (["train", *TINY, "--run-dir", "/proc/run"], "/proc/run: No such file or directory"),
         (["compare", "--policy", "nothing.safetensors"], "nothing.safetensors"),
         (["compare", "--policy", "nobody"], "nobody"),
         (["compare", "--tasks", "imagenet"], "tasks"),
+        (["compare", "--tasks", "json:dumps"], "tasks must be an InnerTask or a sequence of them"),
+        (["compare", "--tasks", "broken_module:TASK"], "cannot be imported, ZeroDivisionError: division by zero"),
+        (["compare", "--tasks", "digits", "broken_tasks:TASK"], "fails on its own data, ZeroDivisionError"),
+        (["compare", "--seeds", "-1"], "seeds must be a whole number of at least 1, got -1"),
+        (["compare", "--steps", "0"], "steps must be"),
+        (["compare", "--out", "file"], "file: must be a folder, and a file is in the way"),
+        (["compare", "--out", "/proc/out"], "/proc/out: No such file or directory"),
+        (["compare", "--policy", "file.safetensors"], "file.safetensors is not a whole policy file"),
         (["compare", "--tasks", "mnist"], "--data"),
         (["compare", "--tasks", "mnist", "--data", "nowhere"], "nowhere"),
         (["export", "nowhere", "--out", "x.safetensors"], "nowhere"),
+        (["export", "nowhere", "--out", "x.pt"], "--out must end in .safetensors, got 'x.pt'"),
     ],
 )
-def test_wrong_input_is_one_clear_line(arguments, message, tmp_path, monkeypatch, capsys):
-    """A traceback hides which argument was wrong."""
+def test_wrong_input_is_one_clear_line_and_claims_no_folder(arguments, message, tmp_path, monkeypatch, capsys):
+    """A traceback hides which argument was wrong; and what is wrong in the first try should not matter to the next."""
     monkeypatch.chdir(tmp_path)
+    files = {"file": "", "file.safetensors": "", "broken_module.py": "1 / 0", "broken_tasks.py": BROKEN}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     assert main(arguments) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    *_, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith(f"rlsched {arguments[0]}: error: ")
     assert message in error
+    assert {path.name for path in tmp_path.iterdir()} == files.keys()
+    sys.modules.pop("broken_tasks", None)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "rlsched: error: the following arguments are required: {train,compare,export} (see rlsched --help)"),
+    (["tune"], "rlsched: error: argument {train,compare,export}: invalid choice: 'tune'"),
+    (["train", "--timesteps", "1e6"], "rlsched train: error: argument --timesteps: invalid int value: '1e6'"),
+    (["compare", "--steps", "nan"], "rlsched compare: error: argument --steps: invalid int value: 'nan'"),
+    (["export", "runs/mine"], "rlsched export: error: the following arguments are required: --out"),
+])  # fmt: skip
+def test_command_that_is_not_understood_is_told_in_a_line(arguments, message, capsys):
+    """The usage of twenty options hides which of them was wrong."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(message)
+
+
+def test_second_training_and_comparison_in_a_folder_say_who_has_it(tmp_path, capsys):
+    """Both would write to the same files."""
+    out = ["--out", str(tmp_path), "--steps", "4", "--seeds", "1"]
+    for arguments in (["train", "--run-dir", str(tmp_path), *TINY], ["compare", *out]):
+        with locked(tmp_path):
+            assert main(arguments) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"rlsched {arguments[0]}: error: {tmp_path}: in use by process {os.getpid()} on ")
+
+
+def test_full_disk_is_one_clear_line(tmp_path, monkeypatch, capsys):
+    """TensorBoard's thread would print a traceback, and what is full would have to be guessed."""
+    run_dir, out = tmp_path / "run", tmp_path / "compare"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # nobody can write more to a file
+    try:
+        assert main(["train", "--run-dir", str(run_dir), *TINY]) == 1
+        *_, told = capsys.readouterr().err.strip().splitlines()
+        assert told == f"rlsched train: error: {run_dir / 'checkpoint.zip'}: File too large"
+        assert main(["compare", "--steps", "50", "--seeds", "1", "--out", str(out)]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert said.strip().splitlines()[-1].startswith(f"rlsched compare: error: {out}")
+    assert "Traceback" not in said and "Exception in thread" not in said
 
 
 @pytest.mark.parametrize("verb", ["train", "compare", "export"])
@@ -128,8 +211,88 @@ def test_interrupt_is_no_traceback(monkeypatch, capsys):
     assert "same command" in capsys.readouterr().err
 
 
-def test_version(capsys):
-    """Bug reports need it."""
+def test_termination_is_an_interrupt(monkeypatch, capsys):
+    """A batch system that ends a training would leave its worker processes behind."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminate(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("rlsched.cli._export", terminate)
+    assert main(["export", "run", "--out", "x.safetensors"]) == 143
+    assert "same command" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_training_ends_at_once_with_a_worker_that_is_stopped(how, tmp_path):
+    """Whoever presses Ctrl-C wants the terminal back, and no processes that stay; a batch system kills after a while.
+
+    SIGINT reaches the workers as well, as it does from a terminal.
+    """
+    run_dir = tmp_path / "run"
+    sizes = [
+        word for name, value in {**SIZES, "timesteps": 10**6, "processes": 2}.items() for word in (f"--{name}", value)
+    ]
+    command = [sys.executable, "-m", "rlsched", "train", "--run-dir", run_dir, "--tasks", "small", *map(str, sizes)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        while not (run_dir / "checkpoint.zip").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        workers = [pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(workers[0], signal.SIGSTOP)
+        time.sleep(0.5)
+        start = time.perf_counter()
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+        _, said = process.communicate(timeout=60)
+        assert time.perf_counter() - start < 3
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == (130 if how == signal.SIGINT else 143)
+    assert said.strip().splitlines()[-1] == "interrupted: the same command goes on from here"
+    assert "Traceback" not in said
+    assert len(workers) >= 2 and not any(is_running(pid) for pid in workers)
+
+
+def children(parent):
+    """The process ids of a process's children."""
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def is_running(pid):
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.5])
+def test_interrupt_while_it_imports_is_no_traceback(delay, tmp_path):
+    """The imports take seconds, and a mistake in a command is seen in the first of them."""
+    command = [sys.executable, "-m", "rlsched", "compare", "--out", tmp_path]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+
+
+def test_version_does_not_wait_for_torch(capsys):
+    """Bug reports need it, and scripts that ask for it wait for nothing that they do not need."""
     with pytest.raises(SystemExit):
         main(["--version"])
     assert rlsched.__version__ in capsys.readouterr().out
+    code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); from rlsched.cli import main; main()"
+    command = [sys.executable, "-c", code, "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    version, loaded = said.splitlines()
+    assert version == f"rlsched {rlsched.__version__}"
+    assert {"torch", "numpy", "gymnasium"}.isdisjoint(loaded.split())

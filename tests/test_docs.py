@@ -64,6 +64,8 @@ def test_readme_command_is_understood(command):
 def test_readme_options_and_settings_exist():
     """In the middle of a sentence too, an option has to be one."""
     verbs = cli._parser()._subparsers._group_actions[0].choices.values()
+    for verb in verbs:
+        verb.fill(verb)
     options = {name for verb in verbs for action in verb._actions for name in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= options | {"--logdir"}  # of TensorBoard
     calls = [node for snippet in SNIPPETS for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]

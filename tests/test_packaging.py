@@ -203,6 +203,20 @@ def test_train_without_the_extras_says_what_to_install(without_extras: dict[str,
     assert without_extras["said"].endswith("pip install 'rlsched[train]'\n")
 
 
+def test_extra_all_brings_all_that_a_user_may_want(wheel: Path) -> None:
+    """An extra that is forgotten would be missing from the one name that promises everything."""
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+    needs: dict[str, set[str]] = {line.split()[1]: set() for line in lines if line.startswith("Provides-Extra:")}
+    for line in lines:
+        if line.startswith("Requires-Dist:") and "extra ==" in line:
+            requirement, _, extra = line.partition("; extra == ")
+            needs[extra.strip("'")].add(requirement)
+    users = [requirements for extra, requirements in needs.items() if extra not in ("all", "dev")]
+    assert needs["all"] == set().union(*users) and len(users) >= 5
+
+
 def test_distribution_needs_only_the_core_dependencies(wheel: Path) -> None:
     """Every user would install what only training needs."""
     with zipfile.ZipFile(wheel) as archive:

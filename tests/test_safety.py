@@ -20,6 +20,7 @@ from rlsched.signals import OBSERVATION_NAMES, Run
 from rlsched.snapshots import SNAPSHOTS, WEIGHTS, Snapshot
 from rlsched.summary import summarise
 from rlsched.tensorboard import RunLog
+from rlsched.traits import OWN_SCALE_TRUST
 
 STEPS, DECISIONS = 100, 20
 WINDOW = STEPS // DECISIONS
@@ -513,7 +514,7 @@ def test_loss_above_that_of_the_untrained_network_is_a_wreck_sooner():
 def test_lr_far_above_the_base_schedule_has_to_bring_something():
     """An LSTM under momentum-free SGD was held at its first loss, at five times its learning rate, to the end."""
     heard = alarms([4.0] * 40, factor=5.0)
-    assert 10 <= min(heard) <= 12 and all(alarm.is_idle for alarm in heard.values())
+    assert 5 <= min(heard) <= 7 and all(alarm.is_idle for alarm in heard.values())
     assert not alarms([4.0] * 40, factor=1.5), "that is the user's own learning rate, or nearly"
     assert not alarms([4.0 - 0.02 * k for k in range(40)], factor=5.0)
 
@@ -661,7 +662,7 @@ def test_optimizers_with_a_scale_of_their_own_start_at_their_learning_rate(make)
     optimizer = scheduled(model, always(safe_start=True, lr=1), 1.0, make=make)
     rates = [lr for ((lr, _),) in train(model, optimizer, range(STEPS))]
     assert rates[0] == 1.0
-    assert max(lr / (1 - n / STEPS) for n, lr in enumerate(rates)) <= 2 + 1e-9, "the policy was not trained with them"
+    assert max(lr / (1 - n / STEPS) for n, lr in enumerate(rates)) == pytest.approx(OWN_SCALE_TRUST)
 
 
 def test_learning_rate_of_a_scheduler_that_is_no_number_does_not_reach_the_weights():

@@ -14,8 +14,11 @@ from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES, key
 from rlsched.experiments.journal import Row, read
 from rlsched.experiments.table import markdown, publish
 
-COLORS = {POLICY: "tab:red", REPLAY: "tab:orange", "cosine": "tab:blue", "linear": "tab:green", "constant": "tab:gray"}
-NAMES = {POLICY: "learned", REPLAY: "replay of its mean"}  # the others are called what they are
+COLORS = {"cosine": "tab:blue", "linear": "tab:green", "constant": "tab:gray"}
+LED = {  # the kinds of run that a policy has, with what they are called and the colors of each policy in turn
+    POLICY: ("learned", ("tab:red", "tab:purple", "tab:pink", "tab:cyan")),
+    REPLAY: ("replay of its mean", ("tab:orange", "tab:brown", "tab:olive", "navy")),
+}
 FIRST = "first_log_loss"  # of the untrained network: what a diverged run counts as
 WORST = 1.0  # what it counts as in a row of older versions, without `FIRST`: worse than chance among ten classes
 
@@ -31,23 +34,53 @@ class Setting(NamedTuple):
         return f"{self.task}, {self.optimizer}, {self.steps} steps"
 
 
+class Contender(NamedTuple):
+    """What is compared: a schedule, and the digest of the policy that leads it, where one does."""
+
+    schedule: str
+    policy: str | None = None
+
+
 class Results:
-    """The runs of a comparison by setting, schedule and learning rate; of policy runs, those of one policy."""
+    """The runs of a comparison by setting, contender and learning rate."""
 
-    def __init__(self, out: Path, policy: str) -> None:
-        self.runs: dict[Setting, dict[str, dict[float, list[Row]]]] = {}
+    def __init__(self, out: Path) -> None:
+        self.runs: dict[Setting, dict[Contender, dict[float, list[Row]]]] = {}
+        names: dict[str, str | None] = {}
         for (trial, digest), row in read(out / RUNS, key).items():
-            if digest in (None, policy):
-                schedules = self.runs.setdefault(Setting(trial.task, trial.optimizer, trial.steps), {})
-                schedules.setdefault(trial.schedule, defaultdict(list))[trial.lr_factor].append(row)
+            contenders = self.runs.setdefault(Setting(trial.task, trial.optimizer, trial.steps), {})
+            contenders.setdefault(Contender(trial.schedule, digest), defaultdict(list))[trial.lr_factor].append(row)
+            if digest is not None:
+                names[digest] = row.get("policy_name") or names.get(digest)
+        self.names = names  # of the policies, by their digests, in the order in which they came
 
-    def log_loss(self, setting: Setting, schedule: str, factor: float) -> float:
+    def label(self, contender: Contender) -> str:
+        """What a contender is called: with its policy, where there are several."""
+        if contender.policy is None:
+            return contender.schedule
+        label, _ = LED[contender.schedule]
+        if len(self.names) == 1:
+            return label
+        name, digest = self.names[contender.policy], contender.policy[:8]
+        return f"{label} ({digest})" if name is None else f"{label} ({name}, {digest})"
+
+    def color(self, contender: Contender) -> str:
+        if contender.policy is None:
+            return COLORS[contender.schedule]
+        _, colors = LED[contender.schedule]
+        return colors[list(self.names).index(contender.policy) % len(colors)]
+
+    def led(self, schedule: str) -> list[Contender]:
+        """The contenders of this kind, one for each policy."""
+        return [Contender(schedule, digest) for digest in self.names]
+
+    def log_loss(self, setting: Setting, contender: Contender, factor: float) -> float:
         """Mean over the seeds of the final log validation loss, as runs count."""
-        return float(np.mean([counted(row) for row in self.runs[setting][schedule][factor]]))
+        return float(np.mean([counted(row) for row in self.runs[setting][contender][factor]]))
 
-    def best(self, setting: Setting, schedule: str) -> float:
+    def best(self, setting: Setting, contender: Contender) -> float:
         """The learning rate, as a factor on the default, with the lowest mean log loss."""
-        return min(self.runs[setting][schedule], key=lambda factor: self.log_loss(setting, schedule, factor))
+        return min(self.runs[setting][contender], key=lambda factor: self.log_loss(setting, contender, factor))
 
 
 def counted(row: Row) -> float:
@@ -61,29 +94,32 @@ def table(results: Results) -> str:
     settings = list(results.runs)
     groups = [group for s in settings for by_lr in results.runs[s].values() for group in by_lr.values()]
     rows = []
-    factors = sorted({f for s in settings for f in results.runs[s].get(POLICY, {})})
-    for factor in factors:
-        cells = [_cell(results, s, POLICY, factor) for s in settings]
-        rows.append([f"**learned, lr × {factor:g}**", "1", *cells])
-    for factor in factors:
-        if any(factor in results.runs[s].get(REPLAY, {}) for s in settings):
-            cells = [_cell(results, s, REPLAY, factor) for s in settings]
-            rows.append([f"replay of its mean, lr × {factor:g}", "–", *cells])
-    for schedule in reversed(SCHEDULES):
-        sweep = max(len(results.runs[s].get(schedule, {})) for s in settings)
-        cells = [_best_cell(results, s, schedule) for s in settings]
-        rows.append([f"{schedule}, best of {sweep}", str(sweep), *cells])
-    for schedule in reversed(SCHEDULES):
+    factors = sorted({f for s in settings for c in results.led(POLICY) for f in results.runs[s].get(c, {})})
+    for contender in results.led(POLICY):
         for factor in factors:
-            if all(factor in results.runs[s].get(schedule, {}) for s in settings):
-                cells = [_cell(results, s, schedule, factor) for s in settings]
-                rows.append([f"{schedule}, lr × {factor:g}", "1", *cells])
+            cells = [_cell(results, s, contender, factor) for s in settings]
+            rows.append([f"**{results.label(contender)}, lr × {factor:g}**", "1", *cells])
+    for contender in results.led(REPLAY):
+        for factor in factors:
+            if any(factor in results.runs[s].get(contender, {}) for s in settings):
+                cells = [_cell(results, s, contender, factor) for s in settings]
+                rows.append([f"{results.label(contender)}, lr × {factor:g}", "–", *cells])
+    fixed = [Contender(schedule) for schedule in reversed(SCHEDULES)]
+    for contender in fixed:
+        sweep = max(len(results.runs[s].get(contender, {})) for s in settings)
+        cells = [_best_cell(results, s, contender) for s in settings]
+        rows.append([f"{contender.schedule}, best of {sweep}", str(sweep), *cells])
+    for contender in fixed:
+        for factor in factors:
+            if all(factor in results.runs[s].get(contender, {}) for s in settings):
+                cells = [_cell(results, s, contender, factor) for s in settings]
+                rows.append([f"{contender.schedule}, lr × {factor:g}", "1", *cells])
     caption = (
         "Final log validation loss (lower is better), mean ± standard deviation over "
         f"{'/'.join(map(str, sorted(set(map(len, groups)))))} seeds; × is the factor on the usual default learning "
         f"rate; {_worst(groups)}."
     )
-    if any(REPLAY in results.runs[s] for s in settings):
+    if any(contender in results.runs[s] for s in settings for contender in results.led(REPLAY)):
         caption += (
             " A replay follows, whatever it sees, the mean of the controls over the learned runs with the other seeds, "
             "which tells it what suits the task and the base learning rate: what the learned schedule gains over it is "
@@ -100,19 +136,18 @@ def plot(results: Results) -> Figure:
     for column, setting in enumerate(settings):
         loss_axis, lr_axis, sweep_axis = axes[:, column]
         loss_axis.set_title(str(setting))
-        for schedule, by_lr in results.runs[setting].items():
-            color = COLORS[schedule]
+        for contender, by_lr in results.runs[setting].items():
+            color, label = results.color(contender), results.label(contender)
             factors = sorted(by_lr)
-            best = results.best(setting, schedule)
-            shown = factors if schedule in NAMES else [best]
+            shown = [results.best(setting, contender)] if contender.policy is None else factors
+            name = f"{label}, best of {len(factors)}" if contender.policy is None else label
             for factor, style in zip(shown, ("--", "-", ":") if len(shown) == 3 else ["-"] * len(shown), strict=True):
                 curves = np.array([row["curve"] for row in by_lr[factor]], dtype=float)  # accuracy may be null
-                name = NAMES.get(schedule, f"{schedule}, best of {len(factors)}")
-                label = f"{name}, lr × {factor:.3g}"
-                loss_axis.plot(curves[0, :, 0], _geometric_mean(curves[:, :, 1]), style, color=color, label=label)
+                loss = _geometric_mean(curves[:, :, 1])
+                loss_axis.plot(curves[0, :, 0], loss, style, color=color, label=f"{name}, lr × {factor:.3g}")
                 lr_axis.plot(curves[0, :, 0], curves[0, :, 3], style, color=color)
-            finals = [results.log_loss(setting, schedule, factor) for factor in factors]
-            sweep_axis.plot(factors, finals, "o-", color=color, label=NAMES.get(schedule, schedule))
+            finals = [results.log_loss(setting, contender, factor) for factor in factors]
+            sweep_axis.plot(factors, finals, "o-", color=color, label=label)
         loss_axis.set(yscale="log", ylabel="validation loss", xlabel="inner steps")
         lr_axis.set(yscale="log", ylabel="learning rate (first seed)", xlabel="inner steps")
         sweep_axis.set(xscale="log", ylabel="final log validation loss", xlabel="base learning rate / default")
@@ -121,24 +156,24 @@ def plot(results: Results) -> Figure:
     return figure
 
 
-def report(out: Path, policy: str) -> str:
+def report(out: Path) -> str:
     """Write `table.md` and `plot.png` beside the `runs.jsonl` in `out`, and return the table."""
-    results = Results(out, policy)
+    results = Results(out)
     return publish(out, table(results), plot(results))
 
 
-def _cell(results: Results, setting: Setting, schedule: str, factor: float) -> str:
-    values = [counted(row) for row in results.runs[setting].get(schedule, {}).get(factor, [])]
+def _cell(results: Results, setting: Setting, contender: Contender, factor: float) -> str:
+    values = [counted(row) for row in results.runs[setting].get(contender, {}).get(factor, [])]
     if not values:
         return "–"
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
 
 
-def _best_cell(results: Results, setting: Setting, schedule: str) -> str:
-    if schedule not in results.runs[setting]:
+def _best_cell(results: Results, setting: Setting, contender: Contender) -> str:
+    if contender not in results.runs[setting]:
         return "–"
-    best = results.best(setting, schedule)
-    return f"{_cell(results, setting, schedule, best)} (lr × {best:.3g})"
+    best = results.best(setting, contender)
+    return f"{_cell(results, setting, contender, best)} (lr × {best:.3g})"
 
 
 def _worst(groups: list[list[Row]]) -> str:

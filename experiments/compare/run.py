@@ -23,6 +23,7 @@ from rlsched.envs.sources import Points
 from rlsched.experiments.compare import replay
 from rlsched.experiments.compare.tasks import SPLIT_SEED, named
 from rlsched.experiments.journal import Journal, Row
+from rlsched.files import locked
 from rlsched.policy import Policy
 
 RUNS, TENSORBOARD = "runs.jsonl", "tensorboard"
@@ -128,33 +129,38 @@ def key(row: Row) -> Key:
     return Trial(**row["run"]), row["policy"]
 
 
-def compare(plan: Plan, policy: Policy, out: Path) -> None:
+def compare(plan: Plan, policy: Policy, out: Path, name: str | None = None) -> None:
     """Do the trials of a plan that `out/runs.jsonl` does not have yet, and add a line for each.
 
     A replay follows the mean over all of the policy's runs in the file that differ from it in nothing but the seed.
-    One that is there already stays as it is when more seeds come.
+    One that is there already stays as it is when more seeds come. Another policy's runs are added to those that are
+    there.
 
     Args:
         plan: what to compare.
         policy: the scheduling policy.
         out: folder for the results; TensorBoard logs of the first seed's runs go to its `tensorboard`.
+        name: what to call the policy beside other ones.
 
     Raises:
-        ValueError: a task cannot be compared on; `out` is a file; a line of the results is none.
+        ValueError: a task cannot be compared on; a line of the results is none.
+        OSError: `out` is in use by another process, or cannot be written to.
     """
-    for name, task in plan.inner_tasks.items():
-        check(name, task)
-    journal = Journal(out / RUNS, key)
-    missing = [trial for trial in plan.trials() if (trial, _policy_of(trial, policy)) not in journal]
-    for trial in tqdm(list(dict.fromkeys(missing)), desc="comparing", unit="run"):
-        setting = f"{trial.task}-{trial.optimizer}-{trial.steps}"
-        log_dir = out / TENSORBOARD / setting / f"{trial.schedule}-x{trial.lr_factor:g}" if trial.seed == 0 else None
-        paths = _paths_of_others(trial, policy, journal) if trial.schedule == REPLAY else []
-        if paths is None:
-            warnings.warn(f"{journal.path} has runs of an older rlsched, of which there is no replay", stacklevel=2)
-            continue
-        result = perform(trial, plan.inner_tasks[trial.task], policy, log_dir, paths)
-        journal.add({"run": asdict(trial), "policy": _policy_of(trial, policy), **result})
+    for task, inner in plan.inner_tasks.items():
+        inner.check(task)
+    with locked(out):
+        journal = Journal(out / RUNS, key)
+        missing = [trial for trial in plan.trials() if (trial, _policy_of(trial, policy)) not in journal]
+        for trial in tqdm(list(dict.fromkeys(missing)), desc="comparing", unit="run"):
+            paths = _paths_of_others(trial, policy, journal) if trial.schedule == REPLAY else []
+            if paths is None:
+                warnings.warn(f"{journal.path} has runs of an older rlsched, of which there is no replay", stacklevel=2)
+                continue
+            log_dir = _log_dir(out, trial, policy) if trial.seed == 0 else None
+            result = perform(trial, plan.inner_tasks[trial.task], policy, log_dir, paths)
+            digest = _policy_of(trial, policy)
+            called = {} if digest is None or name is None else {"policy_name": name}
+            journal.add({"run": asdict(trial), "policy": digest, **called, **result})
 
 
 def perform(
@@ -245,16 +251,6 @@ def validate(network: nn.Module, task: InnerTask, data: Points) -> tuple[float, 
     return (loss if math.isfinite(loss) else math.inf), accuracy
 
 
-def check(name: str, task: InnerTask) -> None:
-    """Refuse a task on which no run would come to a result."""
-    try:
-        loss, _ = validate(task.initial_network(0), task, _data(task))
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"tasks: {name!r} fails on its own data, {type(error).__name__}: {error}") from error
-    if not 0 < loss < math.inf:
-        raise ValueError(f"tasks: the loss of {name!r} must be positive and finite before training, it is {loss:g}")
-
-
 def _data(task: InnerTask) -> Points:
     return task.source.draw(np.random.default_rng(SPLIT_SEED))
 
@@ -300,6 +296,14 @@ def _is_count(value: object) -> bool:
 
 def _is_factor(value: object) -> bool:
     return isinstance(value, int | float) and SMALLEST_FACTOR <= value < math.inf
+
+
+def _log_dir(out: Path, trial: Trial, policy: Policy) -> Path:
+    """Where TensorBoard shows a trial, one policy beside the other."""
+    digest = _policy_of(trial, policy)
+    schedule = trial.schedule if digest is None else f"{trial.schedule}-{digest[:8]}"
+    setting = f"{trial.task}-{trial.optimizer}-{trial.steps}"
+    return out / TENSORBOARD / setting / f"{schedule}-x{trial.lr_factor:g}"
 
 
 def _policy_of(trial: Trial, policy: Policy) -> str | None:

@@ -105,8 +105,5 @@ def named(tasks: Sequence[str] | Mapping[str, InnerTask], folder: Path | None = 
 
 
 def _imported(name: str) -> dict[str, InnerTask]:
-    try:
-        tasks = mixture(name)
-    except TypeError as error:
-        raise ValueError(f"tasks={name!r} is neither an InnerTask nor a sequence of them: {error}") from error
+    tasks = mixture(name)
     return {name: tasks[0]} if len(tasks) == 1 else {f"{name}[{i}]": task for i, task in enumerate(tasks)}

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from rlsched.experiments.cost.loops import NETWORKS, OPTIMIZERS, PLAIN, loop, loops, memory, window
 from rlsched.experiments.journal import Journal, Row
+from rlsched.files import locked
 
 RUNS = "runs.jsonl"
 MIN_ROUNDS = 3
@@ -48,6 +49,7 @@ def measure(
 
     Raises:
         ValueError: a value is out of its range; a line of the results is none.
+        OSError: `out` is in use by another process, or cannot be written to.
     """
     if not networks or not set(networks) <= set(NETWORKS):
         raise ValueError(f"networks must be some of {list(NETWORKS)}, got {list(networks)}")
@@ -55,11 +57,12 @@ def measure(
         raise ValueError(f"seconds must be at least 0 and finite, got {seconds}")
     if max_rounds < MIN_ROUNDS:
         raise ValueError(f"max_rounds must be at least {MIN_ROUNDS}, got {max_rounds}")
-    journal = Journal(out / RUNS, key)
-    for name, optimizer in tqdm(list(product(networks, OPTIMIZERS)), desc="timing", unit="network"):
-        if not all(Case(name, optimizer, kind) in journal for kind in loops(optimizer)):
-            for row in time_loops(name, optimizer, seconds, max_rounds):
-                journal.add(row)
+    with locked(out):
+        journal = Journal(out / RUNS, key)
+        for name, optimizer in tqdm(list(product(networks, OPTIMIZERS)), desc="timing", unit="network"):
+            if not all(Case(name, optimizer, kind) in journal for kind in loops(optimizer)):
+                for row in time_loops(name, optimizer, seconds, max_rounds):
+                    journal.add(row)
 
 
 def time_loops(name: str, optimizer: str, seconds: float, max_rounds: int) -> Iterator[Row]:

@@ -16,16 +16,18 @@ from tqdm import tqdm
 from rlsched.experiments.journal import Journal, Row
 from rlsched.experiments.speed import measure
 from rlsched.experiments.speed.plan import Measurement, Perceptron, Plan
+from rlsched.files import locked
 
 RESULTS = "results.jsonl"
 
 
 def run(plan: Plan, out: Path) -> None:
     """Measure what `out/results.jsonl` does not have yet, and add a line for each."""
-    journal = Journal(out / RESULTS, key)
     groups = plan.groups()
-    asked = sum(1 + m.rounds for m in {m for group in groups for m in group if m not in journal})
     with ExitStack() as stack:
+        stack.enter_context(locked(out))
+        journal = Journal(out / RESULTS, key)
+        asked = sum(1 + m.rounds for m in {m for group in groups for m in group if m not in journal})
         cache = stack.enter_context(tempfile.TemporaryDirectory())
         bar = stack.enter_context(tqdm(total=asked, desc="measuring", unit="round"))
         for group in groups:

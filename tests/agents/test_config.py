@@ -1,7 +1,10 @@
 """A configuration says what is wrong with it before hours are spent on it."""
 
 import json
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rlsched.agents import PRESETS, TrainConfig
@@ -19,6 +22,30 @@ from rlsched.agents import PRESETS, TrainConfig
         ({"n_steps": 0}, "n_steps"),
         ({"batch_size": 10**6}, "batch_size"),
         ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"final_learning_rate": math.inf}, "final_learning_rate"),
+        ({"gae_lambda": 1.01}, "gae_lambda"),
+        ({"gae_lambda": -0.01}, "gae_lambda"),
+        ({"gae_lambda": math.nan}, "gae_lambda"),
+        ({"log_std_init": 1e3}, "log_std_init"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"eval_seed": -1}, "eval_seed"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"timesteps": 1e6}, "timesteps"),
+        ({"timesteps": "many"}, "timesteps"),
+        ({"n_epochs": True}, "n_epochs"),
+        ({"compile": "yes"}, "compile"),
+        ({"compile": 1}, "compile"),
+        ({"learning_rate": "1e-3"}, "learning_rate"),
+        ({"run_dir": 3}, "run_dir"),
+        ({"tasks": None}, "tasks"),
+        ({"tasks": "json:dumps"}, "tasks"),
+        ({"reward": ["best"]}, "reward"),
+        ({"hidden": 64}, "hidden"),
+        ({"hidden": (64.0,)}, "hidden"),
+        ({"hidden": (10**6, 10**6)}, "hidden"),
+        ({"controls": 3}, "controls"),
         ({"target_kl": -1.0}, "target_kl"),
         ({"hidden": ()}, "hidden"),
         ({"hidden": (64, 0)}, "hidden"),
@@ -39,8 +66,15 @@ from rlsched.agents import PRESETS, TrainConfig
 )
 def test_wrong_field_is_named(options, field):
     """A wrong number would surface an hour later, or never."""
-    with pytest.raises(ValueError, match=rf"^{field} must "):
+    with pytest.raises(ValueError, match=rf"^('\S+': )?{field} must "):
         TrainConfig(**options)
+
+
+def test_numbers_and_paths_of_any_library_will_do():
+    """A sweep counts in NumPy, and a folder is a path; JSON, to which both are written, knows neither."""
+    config = TrainConfig(run_dir=Path("runs"), seed=np.int64(3), gae_lambda=np.float32(0.5), hidden=[np.int32(8)])
+    assert (config.run_dir, config.seed, config.gae_lambda, config.hidden) == ("runs", 3, 0.5, (8,))
+    assert json.loads(json.dumps(config.hyperparameters())) == config.hyperparameters()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -15,9 +15,10 @@ from rlsched.agents.evaluation import environment_options
 from rlsched.agents.figures import ROWS, episode_paths
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES, CONTROLS
+from rlsched.domain import Domain
 from rlsched.envs import SchedulingVectorEnv, SetupDistribution
 from rlsched.envs.sharding import Inline, ShardedVectorEnv
-from rlsched.policy import Domain, Policy, SchedulePolicy
+from rlsched.policy import Policy, SchedulePolicy
 from rlsched.signals import OBSERVATION_NAMES
 
 EPISODES, SEED = 5, 70

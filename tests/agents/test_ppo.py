@@ -1,6 +1,8 @@
 """Training leaves a policy, a log and, whenever it stops, something to go on from."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +11,15 @@ import torch
 from matplotlib.figure import Figure
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from rlsched.actors import ACTORS
 from rlsched.agents import evaluate, train
 from rlsched.agents.export import export, learner, load_checkpoint
 from rlsched.agents.ppo import _vector_env
 from rlsched.base_schedule import BASE_SCHEDULES, named_base_schedule
-from rlsched.envs import SchedulingVectorEnv
+from rlsched.envs import MIXTURES, InnerTask, SchedulingVectorEnv
+from rlsched.files import locked
 from rlsched.policy import SchedulePolicy
 
 
@@ -67,6 +71,7 @@ def test_run_leaves_everything_it_promises(make_config, tiny, capsys):
     run_dir = Path(config.run_dir)
     policy = train(config)
     assert {p.name for p in run_dir.iterdir() if "tfevents" not in p.name and p.is_file()} == {
+        ".lock",
         "config.json",
         "checkpoint.zip",
         "policy.safetensors",
@@ -276,6 +281,95 @@ def test_damaged_checkpoint_is_named(make_config, monkeypatch):
             train(config)
     checkpoint.unlink()
     assert train(config).info["training"]["timesteps_done"] == 64
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_folder_of_another_training_is_refused(make_config):
+    """Two trainings would take turns in writing one checkpoint, and both come to nothing, without a word."""
+    config = make_config(timesteps=32)
+    with (
+        locked(config.run_dir),
+        pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on .*: '.*run'"),
+    ):
+        train(config)
+    assert [path.name for path in Path(config.run_dir).iterdir()] == [".lock"]
+    policy = train(config)
+    with locked(config.run_dir):
+        assert train(config).digest == policy.digest, "to load what is finished disturbs nobody"
+
+
+BROKEN = ["", '{"timesteps": ', "[3]", '{"timesteps": "many"}', "\0\0", "[" * 10**5]
+
+
+@pytest.mark.usefixtures("_no_pictures")
+@pytest.mark.parametrize("text", BROKEN, ids=["empty", "cut", "list", "text", "zeros", "deep"])
+def test_broken_configuration_is_named(make_config, text):
+    """A power cut leaves such files. A traceback from a JSON parser does not tell which one, or what to do."""
+    config = make_config(timesteps=32)
+    path = Path(config.run_dir) / "config.json"
+    train(config)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^run_dir: .*config\.json cannot be read: .*\. Delete it to go on with its"):
+        train(config)
+    assert path.read_text() == text
+    path.unlink()
+    assert train(make_config(timesteps=64)).info["training"]["timesteps_done"] == 64
+    assert json.loads(path.read_text())["timesteps"] == 64
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_run_that_never_began_binds_nobody(make_config, monkeypatch):
+    """Whoever corrects a mistake in the first try would have to choose another folder, or delete this one."""
+    config = make_config(timesteps=32)
+    with monkeypatch.context() as patch:
+        patch.setattr("rlsched.agents.ppo._new_model", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    assert [path.name for path in Path(config.run_dir).iterdir()] == [".lock"]
+    (Path(config.run_dir) / "config.json").write_text('{"timesteps": 1, "seed": 9}')  # and then the power went
+    assert train(config).info["training"]["timesteps_done"] == 32
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_full_disk_costs_no_more_than_the_update(make_config, monkeypatch):
+    """A checkpoint that broke off over the last whole one would be hours lost, for want of a few bytes."""
+    config, synced = make_config(), []
+
+    def sync(_):
+        synced.append(1)
+        if len(synced) > 3:  # the configuration, and two checkpoints
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", sync)
+        with pytest.raises(OSError, match=r"No space left on device: '.*checkpoint\.zip'"):
+            train(config)
+    run_dir = Path(config.run_dir)
+    assert {p.name for p in run_dir.iterdir() if "tfevents" not in p.name} == {".lock", "config.json", "checkpoint.zip"}
+    assert PPO.load(run_dir / "checkpoint.zip", device="cpu").num_timesteps == 32
+    assert train(config).info["training"]["timesteps_done"] == config.timesteps
+
+
+def test_tasks_that_cannot_be_trained_claim_no_folder(make_config, monkeypatch):
+    """A mistake in the last of ten tasks would show in a worker's traceback, and leave a folder that is taken."""
+    task = InnerTask(lambda: nn.Linear(2, 4), (torch.ones(20, 3), torch.arange(20) % 4))
+    monkeypatch.setitem(MIXTURES, "tiny", (task,))
+    config = make_config()
+    with pytest.raises(ValueError, match=r"^tasks: 'tiny\[0\]' fails on its own data, RuntimeError"):
+        train(config)
+    assert not Path(config.run_dir).exists()
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_export_in_the_folder_is_no_finished_run(make_config, monkeypatch):
+    """A policy that was exported from the checkpoint, and not evaluated, would end the run before its end."""
+    config = make_config(timesteps=32)
+    with monkeypatch.context() as patch:
+        patch.setattr("rlsched.agents.ppo._EvaluationCallback.finish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    load_checkpoint(config.run_dir).save(Path(config.run_dir) / "policy.safetensors")
+    assert "evaluation" in train(config).info
 
 
 @pytest.mark.usefixtures("_no_pictures")

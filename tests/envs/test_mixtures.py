@@ -58,10 +58,17 @@ from rlsched.envs import InnerTask
 TASK = InnerTask(nn.Identity, (zeros(4, 2), zeros(4)), batch_size=3)
 TASKS = [TASK, TASK]
 ALIAS = "small"
+ITSELF = "users_own_tasks:ITSELF"
 EMPTY = ()
 WRONG = ["mlp"]
 """
-    (tmp_path / "users_own_tasks.py").write_text(source, encoding="utf-8")
+    broken = {
+        "broken": "1 / 0",
+        "leaving": "import sys; sys.exit(3)",
+        "network": source.replace("nn.Identity,", "nn.Identity(),"),
+    }
+    for name, text in {"users_own": source, **broken}.items():
+        (tmp_path / f"{name}_tasks.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     yield "users_own_tasks"
     sys.modules.pop("users_own_tasks", None)
@@ -81,11 +88,20 @@ def test_own_mixture_is_imported(own_module):
         ([], "^tasks must be at least one InnerTask, got none"),
         ([digits(), "mlp"], r"^tasks must be at least one InnerTask, got \['mlp'\]"),
         ([nn.Linear(2, 2)], "^tasks must be at least one InnerTask, got .*Linear"),
-        ("no_such_module:TASKS", "^tasks='no_such_module:TASKS' cannot be imported: No module named 'no_such_module'"),
-        ("users_own_tasks:NONE", "^tasks='users_own_tasks:NONE' cannot be imported: .*NONE"),
+        (
+            "no_such_module:TASKS",
+            "^tasks='no_such_module:TASKS' cannot be imported, .*No module named 'no_such_module'",
+        ),
+        ("users_own_tasks:NONE", "^tasks='users_own_tasks:NONE' cannot be imported, AttributeError: .*NONE"),
         ("users_own_tasks:", "^tasks='users_own_tasks:' cannot be imported"),
-        ("users_own_tasks:EMPTY", "^tasks must be at least one InnerTask, got none"),
-        ("users_own_tasks:WRONG", r"^tasks must be at least one InnerTask, got \['mlp'\]"),
+        ("users_own_tasks:EMPTY", "^'users_own_tasks:EMPTY': tasks must be at least one InnerTask, got none"),
+        ("users_own_tasks:WRONG", r"^'users_own_tasks:WRONG': tasks must be at least one InnerTask, got \['mlp'\]"),
+        ("users_own_tasks:ITSELF", "^'users_own_tasks:ITSELF': tasks must be tasks, .*, got 'users_own_tasks:ITSELF'"),
+        ("json:dumps", "^'json:dumps': tasks must be an InnerTask or a sequence of them, got <function dumps"),
+        ("broken_tasks:TASK", "^tasks='broken_tasks:TASK' cannot be imported, ZeroDivisionError: division by zero"),
+        ("leaving_tasks:TASK", "^tasks='leaving_tasks:TASK' cannot be imported, SystemExit: 3"),
+        ("network_tasks:TASK", "^tasks='network_tasks:TASK' cannot be imported, TypeError: network must be what makes"),
+        (".relative:TASK", "^tasks='.relative:TASK' cannot be imported, TypeError"),
         (":TASKS", "^tasks=':TASKS' cannot be imported"),
     ],
 )

@@ -291,7 +291,7 @@ def test_validations_are_as_rare_and_the_run_as_patient_as_the_task_says(make_ta
                 shown, since = losses[window], since + 1
                 if shown < best:
                     best, best_steps, since = shown, steps, 0
-            before, drop = drop, max(-2, np.log(losses[0] / max(shown, 1e-12)))
+            before, drop = drop, np.clip(np.log(losses[0] / shown), -2, 20)
             assert reward == (pytest.approx(drop - before, abs=1e-4) if due else 0)
             assert infos["validation_loss"] == pytest.approx(shown, rel=1e-4)
             assert infos["best_validation_loss"] == pytest.approx(best, rel=1e-4)
@@ -430,6 +430,41 @@ def test_return_has_a_floor_without_divergence(make_task, reward):
         lowest, highest = np.minimum(total, lowest), np.maximum(infos["validation_loss"], highest)
     assert (infos["diverged"] == 0).all() and (highest > 10 * np.exp(2) * first).any()
     assert lowest.min() == pytest.approx(0 if reward == "best" else -2, abs=1e-5)
+
+
+def hinge(outputs, targets):
+    """A loss that is zero, to the last bit, where the outputs are small."""
+    return (outputs.square().mean() - 1e-3).clamp(min=0)
+
+
+def below_zero(outputs, targets):
+    """A loss that becomes negative."""
+    return outputs.square().mean() - 1e-3
+
+
+@pytest.mark.parametrize("loss", [hinge, below_zero])
+@pytest.mark.parametrize("reward", REWARDS)
+def test_return_has_a_ceiling(make_task, reward, loss):
+    """A loss that underflows has an infinite logarithm: one such episode would outweigh all others of a batch.
+
+    Ten times the loss is the same return: what is bounded is the fall, and not the loss.
+    """
+    task = make_task(optimizers={"AdamW": 1}, adaptive_lr=(0.03, 0.03), decisions=(30, 30), loss_scale=(1, 1))
+    totals = []
+    for scale in (1, 10):
+        scaled = replace(task, loss=lambda *given, scale=scale: scale * loss(*given))
+        env = SchedulingVectorEnv(4, [scaled], reward=reward, safe_start=False, autoreset=False)
+        env.reset(seed=0)
+        total = most = np.zeros(4)
+        for _ in range(30):
+            _, rewards, _, _, infos = env.step(zeros(4))
+            assert np.isfinite(rewards).all()
+            total = total + rewards
+            most = np.maximum(total, most)
+        assert (infos["diverged"] == 0).all()
+        assert most.max() == pytest.approx(20, abs=1e-4) and (most <= 20 + 1e-4).all()
+        totals.append(total)
+    np.testing.assert_allclose(*totals, atol=0.05)
 
 
 def test_late_divergence_takes_back_what_was_earned(make_task):

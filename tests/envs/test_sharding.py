@@ -1,10 +1,17 @@
 """The environment in shards is the environment as a whole, wherever the shards live."""
 
+import importlib
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from multiprocessing import active_children
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,8 +129,10 @@ def test_shards_give_the_same_episodes_and_their_mistakes_are_told(tasks, transp
             assert_same(sharded, wanted, tolerance=1e-4)
         with pytest.raises(ValueError, match="shape"):
             env.step(np.zeros((RUNS + 1, *env.single_action_space.shape)))
-        for wrong in (-RUNS, [-1] + [0] * (RUNS - 1), [0] * (RUNS - 1) + [-1]):  # all shards refuse; one; the other
-            with pytest.raises(ValueError, match="non-negative"):
+        with pytest.raises(ValueError, match="seed must be non-negative, got -2"):
+            env.reset(seed=-2)
+        for wrong in ([0.5] * RUNS, [0.5] + [0] * (RUNS - 1), [0] * (RUNS - 1) + [0.5]):  # all shards refuse; one
+            with pytest.raises(TypeError, match="SeedSequence"):
                 env.reset(seed=wrong)
             assert_same(env.reset(seed=2), whole[0], tolerance=1e-4)
         workers = {worker.name: worker for worker in set(active_children()) - before}
@@ -131,7 +140,7 @@ def test_shards_give_the_same_episodes_and_their_mistakes_are_told(tasks, transp
         if workers:
             os.kill(workers["rlsched-shard-1"].pid, signal.SIGKILL)
             for _ in range(2):
-                with pytest.raises(RuntimeError, match=r"worker process rlsched-shard-1 died \(exit code -9\)"):
+                with pytest.raises(ChildProcessError, match=r"worker process rlsched-shard-1 died \(exit code -9\)"):
                     env.reset(seed=0)
     finally:
         env.close()
@@ -163,7 +172,89 @@ class TwoPartError(Exception):
         super().__init__(f"{what}: {why}")
 
 
-def refuse():
+class Unloadable:
+    """Can be pickled; but where it is unpickled, the module that it needs is not there."""
+
+    def __reduce__(self):
+        return importlib.import_module, ("no_such_module",)
+
+
+def test_what_a_worker_cannot_import_is_told():
+    """A user's own module that only the parent finds would show as a worker that died, and a traceback from it."""
+    transport = Processes([partial(refuse, Unloadable())])
+    try:
+        (answer,) = transport.ask([("open", None)])
+    finally:
+        transport.close()
+    assert isinstance(answer, ModuleNotFoundError) and answer.name == "no_such_module"
+
+
+class Sleeper:
+    """An environment that is never done with what it is asked for."""
+
+    single_observation_space = single_action_space = None
+    metadata = {}
+
+    def reset(self, seed):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+
+
+@pytest.mark.parametrize("state", ["idle", "busy", "stopped"])
+def test_workers_end_at_once_whatever_they_do(state):
+    """Ctrl-C that waits for a worker which is stopped, or in a long computation, waits for ever."""
+    transport = Processes([Sleeper, Sleeper])
+    try:
+        assert all(answer.metadata == {} for answer in transport.ask([("open", None)] * 2))
+        workers = list(transport._workers)
+        if state == "busy":
+            transport._send([("reset", 0)] * 2)
+        if state == "stopped":
+            os.kill(workers[0].pid, signal.SIGSTOP)
+        time.sleep(0.2)
+    finally:
+        start = time.perf_counter()
+        transport.close()
+    assert time.perf_counter() - start < 3
+    assert not any(worker.is_alive() for worker in workers)
+    transport.close()
+
+
+def test_workers_are_deaf_to_interrupts_from_their_first_moment():
+    """Ctrl-C while they import torch would bury the one line of their parent under a traceback from each of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    transport = Processes([Sleeper])
+    try:
+        status = Path(f"/proc/{transport._workers[0].pid}/status").read_text(encoding="utf-8")
+        (blocked,) = re.findall(r"SigBlk:\s*(\w+)", status)
+        assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
+    finally:
+        transport.close()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+UNGUARDED = """
+from rlsched.envs.sharding import ShardedVectorEnv
+env = ShardedVectorEnv(2, "small", processes=2)
+"""
+
+
+@pytest.mark.parametrize("source", ["script", "pipe"])
+def test_script_without_a_guard_is_told_in_a_line(source, tmp_path):
+    """Each worker would start workers of its own, and Python say so in a page for each of them."""
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    command = [sys.executable, script] if source == "script" else [sys.executable, "-"]
+    text = UNGUARDED if source == "pipe" else None
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    remedy = "`if __name__ == '__main__':`, or use one process" if source == "script" else "save it, or use one process"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: processes: each worker process imports this script") and last.endswith(remedy)
+
+
+def refuse(_=None):
     """An environment that cannot be made."""
     raise TwoPartError("compiler", "not there")
 

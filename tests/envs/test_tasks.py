@@ -298,18 +298,64 @@ DATA = torch.randn(20, 4), torch.randint(3, (20,))
         ({"data": Endless()}, TypeError, "^data must have a length"),
         ({"data": torch.zeros(5, 4)}, TypeError, "^data must be a pair"),
         ({"data": Broken(points=(10, 10))}, ValueError, "^max_points .* 10, .* 11"),
+        ({"network": linear()}, TypeError, r"^network must be what makes a new network, .* got Linear\(in_features=4"),
+        ({"network": "linear"}, TypeError, "^network must be what makes a new network, .* got 'linear'"),
         ({"network": lambda: "linear"}, TypeError, "^network must make an nn.Module, it made a str"),
         ({"network": lambda: linear().double()}, ValueError, "^network must have trainable weights, of torch.float32"),
         ({"network": nn.Flatten}, ValueError, "^network must have trainable weights"),
         ({"network": lambda: nn.Linear(5, 3)}, RuntimeError, "shapes cannot be multiplied"),
         ({"loss": nn.CrossEntropyLoss(reduction="none")}, ValueError, r"^loss must .* shape \(16,\)"),
     ],
-    ids=["lengths", "endless", "no pair", "promise", "no module", "float64", "no weights", "shape", "loss"],
+    ids=[
+        "lengths",
+        "endless",
+        "no pair",
+        "promise",
+        "a module",
+        "no factory",
+        "no module",
+        "float64",
+        "no weights",
+        "shape",
+        "loss",
+    ],
 )
 def test_bad_input_is_named(options, error, match):
     """A user's mistake must be said in the user's terms, before training begins."""
     with pytest.raises(error, match=match):
         SchedulingVectorEnv(2, [InnerTask(**{"network": linear, "data": DATA, **options})]).reset()
+
+
+def negative(outputs, _):
+    """A loss without a logarithm."""
+    return -outputs.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"network": lambda: nn.Linear(5, 3)}, "^tasks: 'mine' fails on its own data, RuntimeError: mat1 and mat2"),
+        ({"network": lambda: 1 / 0}, "^tasks: 'mine' fails on its own data, ZeroDivisionError: division by zero"),
+        ({"network": nn.Flatten}, "^tasks: 'mine' fails on its own data, RuntimeError"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, "^tasks: 'mine' fails on its own data, RuntimeError"),
+        ({"loss": negative}, "^tasks: the loss of 'mine' must be positive and finite before training, it is -"),
+    ],
+    ids=["shape", "network", "no weights", "loss", "negative"],
+)
+def test_task_that_cannot_be_trained_is_found_before_training(options, match):
+    """It would show in a worker process, minutes later, or as a training in which every return is the worst."""
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=match):
+        InnerTask(**{"network": linear, "data": DATA, **options}).check("mine")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_pass_their_check(name):
+    """A check that is too strict would keep good tasks out."""
+    before = torch.get_rng_state()
+    FAMILIES[name].check(name)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

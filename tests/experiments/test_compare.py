@@ -18,7 +18,7 @@ from rlsched import SchedulePolicy
 from rlsched.control import CONTROL_NAMES, CONTROLS, EARLY, moved_by
 from rlsched.envs import FAMILIES, InnerTask
 from rlsched.experiments.compare import run as compare_run
-from rlsched.experiments.compare.analysis import FIRST, WORST, Results, Setting, counted, report, table
+from rlsched.experiments.compare.analysis import FIRST, WORST, Contender, Results, Setting, counted, report, table
 from rlsched.experiments.compare.replay import Replay
 from rlsched.experiments.compare.run import (
     OPTIMIZERS,
@@ -45,6 +45,7 @@ SEVERAL = [MINE, FAMILIES["attention"]]
 NUMBER = 5
 PLAN = Plan(optimizers=("sgd",), steps=(8,), seeds=2, policy_factors=(1.0, 10.0), sweep=(0.1, 1.0))
 ZERO = SchedulePolicy.zero()
+CONSTANT = Contender("constant")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -97,7 +98,7 @@ def test_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     rows = [json.loads(line)["run"] for line in (tmp_path / RUNS).read_text().splitlines()]
     assert [Trial(**row) for row in rows] == list(PLAN.trials())
     assert performed == []
-    text = report(tmp_path, ZERO.digest)
+    text = report(tmp_path)
     assert "learned, lr × 10" in text
     assert "best of 2" in text
     assert "replay of its mean, lr × 10" in text
@@ -105,28 +106,45 @@ def test_interrupted_comparison_goes_on(tmp_path, monkeypatch):
     assert (tmp_path / PLOT).stat().st_size > 10_000
 
 
-def test_another_policy_is_not_mistaken_for_this_one(tmp_path):
-    """Results of an older policy in the same folder must not be shown as the new one's."""
-    plan = Plan(optimizers=("sgd",), steps=(6,), seeds=1, policy_factors=(1.0,), sweep=(1.0,))
+def test_another_policy_is_a_row_of_its_own(tmp_path):
+    """The results of one policy would be shown as another's; or the older one's, which took an hour, be gone."""
+    plan = Plan(optimizers=("sgd",), steps=(6,), seeds=2, policy_factors=(1.0, 10.0), sweep=(1.0,))
     other = lively_policy()
+    compare(plan, ZERO, tmp_path, "zero")
+    alone = report(tmp_path)
+    assert "**learned, lr × 1**" in alone
+    baselines = [line for line in alone.splitlines() if "best of" in line]
+    compare(plan, other, tmp_path, "runs/mine/policy.safetensors")
+    compare(plan, lively_policy(3), tmp_path)
+    text, results, setting = report(tmp_path), Results(tmp_path), Setting("digits", "sgd", 6)
+    assert [line for line in text.splitlines() if "best of" in line] == baselines
+    labels = [
+        f"zero, {ZERO.digest[:8]}",
+        f"runs/mine/policy.safetensors, {other.digest[:8]}",
+        lively_policy(3).digest[:8],
+    ]
+    rows = [line.split(" | ")[0] for line in text.splitlines()]
+    assert rows[2:8] == [f"| **learned ({label}), lr × {factor}**" for label in labels for factor in (1, 10)]
+    assert rows[8:14] == [f"| replay of its mean ({label}), lr × {factor}" for label in labels for factor in (1, 10)]
     for policy in (ZERO, other):
-        compare(plan, policy, tmp_path)
-    setting = Setting("digits", "sgd", 6)
-    for policy in (ZERO, other):
-        (row,) = Results(tmp_path, policy.digest).runs[setting]["policy"][1.0]
-        assert row["policy"] == policy.digest
+        for schedule in (POLICY, REPLAY):
+            rows = results.runs[setting][Contender(schedule, policy.digest)][1.0]
+            assert [(row["policy"], row["run"]["seed"]) for row in rows] == [(policy.digest, 0), (policy.digest, 1)]
+    assert len({results.color(contender) for contender in results.runs[setting]}) == 3 * 2 + 3
+    logs = {folder.name for folder in (tmp_path / "tensorboard" / "digits-sgd-6").iterdir()}
+    assert {f"policy-{policy.digest[:8]}-x1" for policy in (ZERO, other)} | {"cosine-x1"} <= logs
 
 
 def test_diverged_run_counts_as_the_untrained_network(tmp_path):
     """A NaN would win every comparison, or poison every mean; and what is bad for one task is good for another."""
     plan = Plan(("digits", "two-heads"), ("sgd",), (30,), seeds=1, policy_factors=(1.0,), sweep=(1e6,))
     compare(plan, ZERO, tmp_path)
-    results = Results(tmp_path, ZERO.digest)
+    results = Results(tmp_path)
     for task in plan.inner_tasks:
-        (row,) = results.runs[Setting(task, "sgd", 30)]["constant"][1e6]
+        (row,) = results.runs[Setting(task, "sgd", 30)][CONSTANT][1e6]
         assert not row["log_loss"] <= row[FIRST]
-        assert results.log_loss(Setting(task, "sgd", 30), "constant", 1e6) == row[FIRST]
-    assert results.log_loss(Setting("digits", "sgd", 30), "constant", 1e6) == pytest.approx(math.log(math.log(10)), 0.1)
+        assert results.log_loss(Setting(task, "sgd", 30), CONSTANT, 1e6) == row[FIRST]
+    assert results.log_loss(Setting("digits", "sgd", 30), CONSTANT, 1e6) == pytest.approx(math.log(math.log(10)), 0.1)
     assert "a run that diverged, or ended above the loss of its untrained network, counts as that." in table(results)
 
 
@@ -147,9 +165,7 @@ def test_run_counts_as_its_loss_or_as_the_worst(row, log_loss):
 
 def test_published_table_is_made_of_the_published_runs():
     """Hours of runs of an older version could no longer be read, or would say something else than they did."""
-    runs = read(DOCS / "mnist" / RUNS, key)
-    (policy,) = {digest for _, digest in runs if digest is not None}
-    assert table(Results(DOCS / "mnist", policy)) == (DOCS / "mnist" / TABLE).read_text().strip()
+    assert table(Results(DOCS / "mnist")) == (DOCS / "mnist" / TABLE).read_text().strip()
 
 
 def states(row):
@@ -173,9 +189,10 @@ def test_replay_follows_the_mean_of_the_other_seeds(tmp_path):
     plan = Plan(optimizers=("sgd",), steps=(20,), seeds=3, policy_factors=(1.0,), sweep=(1.0,))
     policy = lively_policy()
     compare(plan, policy, tmp_path)
-    runs = Results(tmp_path, policy.digest).runs[Setting("digits", "sgd", 20)]
-    learned, replays = (np.array([states(row) for row in runs[name][1.0]]) for name in (POLICY, REPLAY))
-    assert [row["run"]["seed"] for row in runs[REPLAY][1.0]] == [0, 1, 2]
+    runs = Results(tmp_path).runs[Setting("digits", "sgd", 20)]
+    led = [runs[Contender(schedule, policy.digest)][1.0] for schedule in (POLICY, REPLAY)]
+    learned, replays = (np.array([states(row) for row in rows]) for rows in led)
+    assert [row["run"]["seed"] for row in led[1]] == [0, 1, 2]
     assert np.ptp(learned[:, -1, 1 + CONTROL_NAMES.index("lr")]) > 0.1, "paths that are all the same prove nothing"
     for seed in range(3):
         mean = np.delete(learned, seed, axis=0).mean(0)
@@ -248,7 +265,7 @@ def test_results_without_paths_are_kept_and_not_replayed(tmp_path):
     with pytest.warns(UserWarning, match="runs of an older rlsched"):
         compare(plan, ZERO, tmp_path)
     assert file.read_text() == before
-    assert "replay" not in report(tmp_path, ZERO.digest)
+    assert "replay" not in report(tmp_path)
 
 
 @pytest.mark.parametrize("paths", [[], [[(0, dict.fromkeys(CONTROL_NAMES, 0.0))]]], ids=["none", "one"])
@@ -310,7 +327,7 @@ def test_any_inner_task_is_compared_on(tmp_path):
         assert row["first_log_loss"] != row["log_loss"]
         assert (row["accuracy"] is None) == (trial.task != "mine")
         assert {type(accuracy) for _, _, accuracy, _, _ in row["curve"]} == {type(row["accuracy"])}
-    text = report(tmp_path, ZERO.digest)
+    text = report(tmp_path)
     assert all(f"{task}, sgd, 8 steps" in text for task in tasks)
 
 
@@ -365,7 +382,7 @@ def test_what_was_interrupted_does_not_keep_the_rest_from_the_table(tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             compare(replace(PLAN, tasks={"mine": MINE}), ZERO, tmp_path)
     compare(replace(PLAN, seeds=1), ZERO, tmp_path)
-    rows = [line.split(" | ") for line in report(tmp_path, ZERO.digest).splitlines()]
+    rows = [line.split(" | ") for line in report(tmp_path).splitlines()]
     assert rows[0][2:] == ["mine, sgd, 8 steps", "digits, sgd, 8 steps |"]
     (cosine,) = (row for row in rows if row[0] == "| cosine, best of 2")
     assert cosine[2] == "–" and cosine[3] != "– |"
@@ -386,7 +403,7 @@ def test_same_trial_is_done_once(tmp_path):
         ("tasks", MINE, "tasks must be .*{'mine': task}, got InnerTask"),
         ("tasks", (MINE,), "tasks must be .*{'mine': task}, got InnerTask"),
         ("tasks", {"mine": nn.Linear(2, 2)}, "tasks must map names to .* InnerTask, got {'mine': Linear"),
-        ("tasks", (f"{__name__}:NUMBER",), "tasks=.*NUMBER' is neither an InnerTask nor"),
+        ("tasks", (f"{__name__}:NUMBER",), "NUMBER': tasks must be an InnerTask or a sequence of them, got 5"),
         ("tasks", (f"{__name__}:NOTHING",), "tasks=.*NOTHING' cannot be imported"),
         ("tasks", ("mnist",), "mnist needs --data FOLDER"),
         ("optimizers", (), r"optimizers must be .*some of \['adam', 'adamw', 'sgd'\], got \(\)"),
@@ -416,7 +433,10 @@ def test_plan_names_the_wrong_field(field, value, message):
         (InnerTask(lambda: 5, POINTS), "'bad' fails on its own data, TypeError: .*nn.Module"),
         (replace(MINE, loss=lambda outputs, _: outputs), "'bad' fails on its own data"),
         (replace(MINE, loss=lambda outputs, _: -(outputs**2).mean()), "'bad' must be positive and finite .*, it is -"),
-        (replace(MINE, loss=lambda outputs, _: outputs.sum() / 0), "'bad' must be positive and finite .*, it is inf"),
+        (
+            replace(MINE, loss=lambda outputs, _: outputs.square().sum() / 0),
+            "'bad' must be positive and finite .*, it is inf",
+        ),
     ],
     ids=["shapes", "no module", "no number", "negative", "infinite"],
 )

@@ -103,5 +103,5 @@ def test_result_that_was_made_again_replaces_the_first(path):
 @pytest.mark.parametrize("inside", ["", "folder"])
 def test_file_in_place_of_the_folder_is_named(inside, path):
     """A traceback from the depths hides that --out is wrong."""
-    with pytest.raises(ValueError, match=r"out must be a folder, .*runs\.jsonl"):
+    with pytest.raises(NotADirectoryError, match=r"must be a folder, and a file is in the way: .*runs\.jsonl"):
         Journal(path / inside / "runs.jsonl", name)
