@@ -30,7 +30,9 @@ class Range(NamedTuple):
     def __str__(self) -> str:
         if self.high < math.inf:
             return f"between {self.low:g} and {self.high:.12g}"
-        return "positive and finite" if self.open else f"at least {self.low:g}"
+        if not self.open:
+            return f"at least {self.low:g}"
+        return "positive and finite" if self.low == 0 else f"finite and above {self.low:g}"
 
 
 COUNT = Range(1)
@@ -59,6 +61,7 @@ class TrainConfig:
     observations: tuple[str, ...] = option(OBSERVATION_NAMES, "what the policy sees: names of docs/spec.md")
     controls: tuple[str, ...] = option(CONTROL_NAMES, f"what it moves, of {', '.join(CONTROL_NAMES)}")
     base_schedule: str = option("linear", f"what it modulates: {', '.join(BASE_SCHEDULES)}")
+    trust: float = option(1e4, "factor by which the policy may move the learning rate, either way", Range(1, open=True))
     num_envs: int = option(512, "inner training runs at once", COUNT)
     processes: int = option(min(2, os.cpu_count() or 1), "worker processes that train them, one thread each", COUNT)
     compile: bool = option(False, "torch.compile the inner steps: twice as fast, needs a C compiler")

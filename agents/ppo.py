@@ -68,7 +68,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         stack.enter_context(locked(run_dir))
         _check_hyperparameters(run_dir, config)  # which another process may have written by now
         seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule")}
-        options = {"reward": config.reward, "compile": config.compile, **seen}
+        options = {"reward": config.reward, "trust": config.trust, "compile": config.compile, **seen}
         env = VectorEnvAdapter(_vector_env(config, config.num_envs, **options))
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
@@ -257,7 +257,8 @@ class _EvaluationCallback(BaseCallback):
             zero = SchedulePolicy.zero(config.base_schedule)
             with closing(_vector_env(config, config.eval_episodes, **environment_options(zero))) as env:
                 self.zero = evaluate(zero, seed=config.eval_seed, env=env)
-            self.env = _vector_env(config, config.eval_episodes, **environment_options(policy))
+            options = {**environment_options(policy), "trust": config.trust}
+            self.env = _vector_env(config, config.eval_episodes, **options)
         self.latest = evaluate(policy, seed=config.eval_seed, env=self.env)
         self.bar.set_description("training")
         return self.latest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from textwrap import indent
 from typing import Any, NamedTuple
@@ -86,6 +87,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         base_schedule: what the policy modulates, a name in `rlsched.base_schedule.BASE_SCHEDULES`.
         safe_start: whether the learning rate is checked by a first, small step. Without it, the zero action
             gives the base schedule exactly.
+        trust: an action moves the learning rate at most by this factor from that of the base schedule, either way; as
+            far as the control reaches by default.
         compile: compile the inner steps with `torch.compile`, which needs a C compiler.
         device: where the networks are trained; what comes and goes are NumPy arrays all the same.
         autoreset: whether an ended run is followed by a new episode in the same step. Without it, a run that ended
@@ -107,6 +110,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         controls: Sequence[str] = CONTROL_NAMES,
         base_schedule: str | BaseSchedule = "linear",
         safe_start: bool = True,
+        trust: float | None = None,
         compile: bool = False,
         device: str | torch.device = "cpu",
         autoreset: bool = True,
@@ -115,6 +119,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if reward not in REWARDS:
             raise ValueError(f"reward must be one of {REWARDS}, got {reward!r}")
+        if trust is not None and not trust > 1:
+            raise ValueError(f"trust must be a number above 1, or None, got {trust!r}")
         self.num_envs = num_envs
         interface = _Interface(
             some_names("observations", observations, OBSERVATIONS),
@@ -134,7 +140,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         self._groups = []
         for i, task in enumerate(family[:num_envs]):
             training = InnerTraining(task, len(range(i, num_envs, len(family))), compile=compile, device=device)
-            self._groups.append(_Group(training, i, len(family), reward, interface))
+            self._groups.append(_Group(training, i, len(family), reward, interface, math.log(trust or math.inf)))
         self._rngs: list[Generator] = [np.random.default_rng() for _ in range(num_envs)]
 
     def reset(
@@ -242,7 +248,9 @@ class _Interface(NamedTuple):
 class _Group:
     """The runs that share an inner task: environments `first`, `first + stride`, and so on."""
 
-    def __init__(self, training: InnerTraining, first: int, stride: int, reward: str, interface: _Interface) -> None:
+    def __init__(
+        self, training: InnerTraining, first: int, stride: int, reward: str, interface: _Interface, reach: float
+    ) -> None:
         self.training = training
         self.index = slice(first, None, stride)
         self._rewarded = reward
@@ -256,7 +264,8 @@ class _Group:
         self.reward = zeros()
         self.done = torch.ones(n, dtype=torch.bool, device=device)
         self.finite = self.done.clone()  # whether the losses and weights are
-        self.run = training.run()
+        self._reach = torch.full((n,), reach, device=device)
+        self.run = training.run()._replace(reach=self._reach)
         self.base = _base(training)
         self.state = schedule.begin(self.run, self.base, probing=False)
         self.held = schedule.hyperparameters(self.run, self.state, self.base)  # since the last decision
@@ -271,8 +280,8 @@ class _Group:
         training, interface = self.training, self._interface
         own = rngs[self.index]
         training.begin(slots, [own[slot] for slot in slots])
-        self.run, self.base = training.run(), _base(training)
-        run, base = training.run(slots), _base(training, slots)
+        self.run, self.base = training.run()._replace(reach=self._reach), _base(training)
+        run, base = training.run(slots)._replace(reach=self._reach[slots]), _base(training, slots)
         state = schedule.begin(run, base, probing=safe_start)
         validation = validated(unseen(0.0 * state.step), training.validation_loss(slots), state.step)
         values = schedule.values(run, state, base, interface.base_schedule, state.step.unsqueeze(0))

@@ -94,6 +94,8 @@ class _Factor(Control):
     """A factor on what the user gave; its state is the logarithm of it."""
 
     def state(self, base: float, value: float) -> float:
+        if base <= 0:
+            return self.origin(base)
         return clamp(math.log(value / base), self.low, self.high) if value > 0 else self.low
 
     def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from rlsched.frozen import FrozenSchedule
 from rlsched.hyperparameters import ParameterGroups
 from rlsched.length import Length
 from rlsched.meter import Meter
+from rlsched.notices import warn
 from rlsched.number import Number
 from rlsched.options import ScheduleOptions, shows_options
 from rlsched.safety import Guard, Intervention
@@ -102,6 +102,16 @@ class Controller(TrainingRun):
         self._hold()
         self.windows = []
         self._note_window()
+
+    @property
+    def equivalent_lr(self) -> float:
+        """Learning rate of the first group as it would be at the base momentum.
+
+        Where momentum sums gradients (SGD, RMSprop) and has moved, the learning rate itself makes up for that, to leave
+        the size of updates as it is; this one tells how bold the schedule is.
+        """
+        base_lr = self.groups.lr_of_base_schedule(self._decay())
+        return base_lr * math.exp(schedule.moved(self.state)[LR.name])
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -327,6 +337,9 @@ class Controller(TrainingRun):
 
     def __repr__(self) -> str:
         now = ", ".join(f"{name}={value:.4g}" for name, value in self.proposal.items())
+        base, used = self.groups.bases[0]["momentum"], self.proposal.get("momentum")
+        if used is not None and used != base and self.groups.traits.sums_gradients:
+            now += f" (as lr={self.equivalent_lr:.4g} is at a momentum of {base:.4g})"
         mode = "shadow, " if self.options.shadow else "probing, " if self.state.probing else ""
         steps = "unknown" if self.total_steps is None else self.total_steps
         return (
@@ -340,4 +353,4 @@ class Controller(TrainingRun):
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            warnings.warn(f"rlsched: {message}", stacklevel=4)
+            warn(message)

@@ -15,6 +15,7 @@ import numpy as np
 from rlsched.base_schedule import BaseSchedule, named_base_schedule
 from rlsched.control import CONTROLS, LR, decided
 from rlsched.files import write
+from rlsched.notices import warn
 
 VERSION = 2  # of the file, raised whenever a field changes its meaning
 
@@ -114,7 +115,18 @@ class FrozenSchedule:
         return cls(total_steps, schedule.name, lrs, *knots)
 
     def __call__(self, step: int) -> float:
-        """Factor on the base learning rate at inner step `step`, counted from 0."""
+        """Factor on the base learning rate at inner step `step`, counted from 0.
+
+        Warns once if the run moved momentum, which a replay of the learning rate alone does not.
+        """
+        momenta = self.values.get("momentum", ())
+        if len(set(momenta)) > 1 and "warned" not in self.__dict__:
+            object.__setattr__(self, "warned", True)
+            warn(
+                f"the run moved momentum, between {min(momenta):.3g} and {max(momenta):.3g}, and "
+                "the learning rate alone is not its schedule: set values['momentum'] as well, or train with controls "
+                "that leave it alone"
+            )
         return float(np.interp(step, self.steps, self.lr_factors))
 
     def save(self, path: str | Path) -> Path:

@@ -113,7 +113,7 @@ class ParameterGroups:
         movable = [name for name, control in CONTROLS.items() if control.can_move(base[name])]
         states = {**state.base, **{name: CONTROLS[name].state(base[name], used[name]) for name in movable}}
         lr = float(group["lr"])
-        if base["momentum"] > 0:
+        if 0 < base["momentum"] < 1 and used["momentum"] < 1:
             lr *= growth(used["momentum"], sums) / growth(base["momentum"], sums)
         return {**states, LR.name: LR.state(base[LR.name] * decay, lr)}
 

@@ -190,8 +190,7 @@ class ScheduledOptimizer(Optimizer):
             The closure's loss, or `loss`.
         """
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = _loss_of(closure)
         elif isinstance(self.optimizer, LBFGS):
             raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
         self.controller.prepare_step(loss)
@@ -281,8 +280,7 @@ def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
         closure = kwargs.pop("closure", positional[0] if positional else None)
         loss = kwargs.pop("loss", None)
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = _loss_of(closure)
         with torch.no_grad():
             controller.prepare_step(loss)
         if closure is not None:  # known of the weights as they are now, rolled back perhaps
@@ -297,6 +295,13 @@ def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     controller._handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
     return controller
+
+
+def _loss_of(closure: Callable[[], Any]) -> Any:
+    if not callable(closure):
+        raise TypeError(f"closure must be callable, got {closure!r}; a loss is given by its name: step(loss=loss)")
+    with torch.enable_grad():
+        return closure()
 
 
 def _evaluated_once(closure: Callable[[], Any], loss: Any, controller: Controller) -> Callable[[], Any]:

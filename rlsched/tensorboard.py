@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 LAYOUT = {
     "rlsched": {
         "loss": ["Multiline", ["rlsched/(validation_)?loss"]],
-        "learning rate, and that of the base schedule": ["Multiline", ["rlsched/(proposed_|base_schedule_)?lr"]],
+        "learning rate at the base momentum, and that of the base schedule": [
+            "Multiline",
+            ["rlsched/(equivalent|base_schedule)_lr"],
+        ],
+        "learning rate": ["Multiline", ["rlsched/(proposed_)?lr"]],
         **{name: ["Multiline", [f"rlsched/(proposed_)?{name}"]] for name in CONTROLS if name != "lr"},
         "agreement of gradients": ["Multiline", ["observation/grad_cosine", "observation/momentum_cosine"]],
         "size of updates": ["Multiline", ["observation/update_ratio", "observation/predicted_decrease"]],
@@ -76,6 +80,7 @@ class RunLog:
             "rlsched/loss": exp(window.loss),
             "rlsched/grad_norm": exp(window.grad_norm),
             "rlsched/base_schedule_lr": base_lr,
+            "rlsched/equivalent_lr": run.equivalent_lr,
         }
         if run.options.shadow:
             scalars["rlsched/lr"] = float(run.optimizer.param_groups[0]["lr"])

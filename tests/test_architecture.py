@@ -35,7 +35,7 @@ ALLOWED = {
         "validation",
     },
     "agents": {"envs", "actors", "base_schedule", "control", "domain", "files", "policy", "signals"},
-    "rlsched/integrations": {"checkpoint", "controller", "optimizer", "options"},
+    "rlsched/integrations": {"checkpoint", "controller", "notices", "optimizer", "options"},
 }
 
 

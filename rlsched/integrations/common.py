@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 from torch.optim import Optimizer
 
+from rlsched.notices import warn
 from rlsched.optimizer import Controller, ScheduledOptimizer, attach
 from rlsched.options import ScheduleOptions
 
@@ -70,8 +70,3 @@ class Monitor:
         if self._others and not self._is_found and is_wanted:
             self._is_found = True
             warn(f"monitor={self.name!r} is not among the metrics {sorted(self._others)}: no validation loss is known")
-
-
-def warn(message: str) -> None:
-    """Warn the user; no line of their own is to blame."""
-    warnings.warn(f"rlsched: {message}", stacklevel=3)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched.integrations.common import Monitor, check_options, controller_of, warn
+from rlsched.integrations.common import Monitor, check_options, controller_of
+from rlsched.notices import warn
 from rlsched.optimizer import Controller
 from rlsched.options import shows_options
 

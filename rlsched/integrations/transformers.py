@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlsched.checkpoint import STATE_KEY
 from rlsched.controller import Controller
-from rlsched.integrations.common import Monitor, check_options, controller_of, warn
+from rlsched.integrations.common import Monitor, check_options, controller_of
+from rlsched.notices import warn
 from rlsched.optimizer import ScheduledOptimizer
 from rlsched.options import shows_options
 
