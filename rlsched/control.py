@@ -121,19 +121,21 @@ class _Momentum(Control):
         return _plain(group["betas"][0] if group.get("betas") else group.get("momentum", math.nan))
 
     def origin(self, base: Number) -> Number:
-        return where(base > 0, -log(1 - base) / math.log(10), 0.0)
+        return where(self.can_move(base), -log(1 - base) / math.log(10), 0.0)
 
     def state(self, base: float, value: float) -> float:
         return self.origin(value)
 
     def can_move(self, base: Number) -> Number:
-        return base > 0
+        return (base > 0) & (base < 1)
 
     def decide(self, values: dict[str, Number], base: Number, moved: Number, sums_gradients: Number) -> None:
-        momentum = where(base > 0, base + (1 - base) * (1 - 10**-moved), base)
-        law = growth(base, sums_gradients) / growth(momentum, sums_gradients)
-        values["lr"] = values["lr"] * where(base > 0, law, 1.0)
-        values["momentum"] = momentum
+        can_move = self.can_move(base)
+        start = where(can_move, base, 0.0)
+        momentum = where(can_move, start + (1 - start) * (1 - 10**-moved), 0.0)
+        law = growth(start, sums_gradients) / growth(momentum, sums_gradients)
+        values["lr"] = values["lr"] * where(can_move, law, 1.0)
+        values["momentum"] = where(can_move, momentum, base)
 
     def write(self, group: dict[str, Any], value: float) -> None:
         if group.get("betas"):

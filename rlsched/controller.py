@@ -105,13 +105,8 @@ class Controller(TrainingRun):
 
     @property
     def equivalent_lr(self) -> float:
-        """Learning rate of the first group as it would be at the base momentum.
-
-        Where momentum sums gradients (SGD, RMSprop) and has moved, the learning rate itself makes up for that, to leave
-        the size of updates as it is; this one tells how bold the schedule is.
-        """
-        base_lr = self.groups.lr_of_base_schedule(self._decay())
-        return base_lr * math.exp(schedule.moved(self.state)[LR.name])
+        """Learning rate of the first group as it would be at the base momentum, see `ParameterGroups.equivalent_lr`."""
+        return self.groups.equivalent_lr(self.state, self._decay())
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -199,8 +194,7 @@ class Controller(TrainingRun):
         if any(loss <= 0 for loss in window.loss):
             self._warn(
                 "no logarithm",
-                "a loss is zero or negative, and has no logarithm: such a step counts as one without a loss; report a "
-                "loss that is bounded below by zero, such as loss - lowest_possible_loss",
+                "a loss is zero or negative, and has no logarithm: such a step counts as one without a loss",
             )
         if self.options.shadow:
             before = before._replace(control=self.groups.states_in_use(before, self._decay()))

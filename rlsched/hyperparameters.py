@@ -70,6 +70,14 @@ class ParameterGroups:
             return torch.where(lr.isfinite(), lr, low).clamp(low, high)
         return clamp(lr, low, high) if math.isfinite(lr) else low
 
+    def equivalent_lr(self, state: ScheduleState, decay: float) -> float:
+        """Learning rate of the first group as it would be at the base momentum.
+
+        Where momentum sums gradients (SGD, RMSprop) and has moved, the learning rate itself makes up for that, to leave
+        the size of updates as it is; this one tells how bold the schedule is.
+        """
+        return self.lr_of_base_schedule(decay) * math.exp(schedule.moved(state)[LR.name])
+
     def lr_of_base_schedule(self, decay: float) -> float:
         """Learning rate of the first group without a policy."""
         return float(self.optimizer.param_groups[0]["lr"]) if self.follow_scheduler else self.bases[0][LR.name] * decay

@@ -13,4 +13,4 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"rlsched: {message}", stacklevel=level - 1)
+    warnings.warn(f"rlsched: {message}", stacklevel=level)

@@ -77,7 +77,9 @@ class ScheduledOptimizer(Optimizer):
 
     **The first step** is a probe at e⁻⁷ of η. If it foretells that a step at η takes away more than 0.3 of the loss (to
     first order), or moves the weights by more than 0.1 of their norm, then c_lr starts as low as that asks for; and if
-    the probe itself goes too far, it is undone and repeated at e⁻⁷ of that, and so on.
+    the probe itself goes too far, it is undone and repeated at e⁻⁷ of that, and so on. What it found stands: c_lr goes
+    above it only step by step, from windows in which the loss has fallen. Optimizers that find their own scale start
+    without a probe, since their first step tells nothing.
 
     **Sources.** Schedules by reinforcement learning on statistics of the training itself: Daniel et al. 2016, "Learning
     Step Size Controllers for Robust Neural Network Training"; Xu et al. 2019, "Learning an Adaptive Learning Rate
@@ -108,11 +110,22 @@ class ScheduledOptimizer(Optimizer):
         follow_scheduler: take the learning rate that a torch scheduler sets (a warm-up, a schedule of your own) for
             η · s above: the policy modulates that. The parameter groups hold the scheduler's learning rate
             between the steps. Otherwise a scheduler has no effect, of which you are warned.
-        on_divergence: what to do when the run diverges, that is, when its last three steps or more were not finite, or
-            the running average of its loss is three times its lowest and half of what was gained is lost. "cut": the
-            learning rate is cut to a tenth, and never again comes within half of what it was. "rollback": also, the
-            weights and the optimizer's state are those of a snapshot again, of which one is kept (as much memory as
-            both; a model's buffers, as batch norm's, are not in it). "raise": `DivergenceError`. None: nothing.
+        on_divergence: what to do when the run diverges, that is, when its last three steps or more were not finite;
+            when the running average of its loss is three times its lowest and half of what was gained is lost; when
+            that much is lost for a tenth of the run, or less if it is worse than untrained; or when nothing at all is
+            gained at more than twice the base schedule's learning rate. "rollback": weights and optimizer state are
+            those of a snapshot again, and the learning rate is cut to a tenth (in the last case, to the base
+            schedule's). For the time being it does not come within half of what it was; good windows raise that bound.
+            "cut": the same without a snapshot, which leaves weights as the divergence has left them. "raise":
+            `DivergenceError`. None: nothing. A loss that is as high at the weights of the snapshot is a change of the
+            data, and accepted.
+        snapshots: what "rollback" keeps: "full", a copy of weights and optimizer state beside them; "host", the same in
+            host memory; "weights", a copy of the weights alone, and the optimizer's state begins anew.
+        model: whose buffers (those of batch norm, for example) are part of a snapshot. An optimizer does not know them:
+            without `model` they stay as they are when weights go back.
+        trust: the factor by which the policy may move the learning rate from the base schedule, either way: 2 for
+            fine-tuning, say. None: as far as it likes, but for optimizers that find their own scale (Adadelta, Rprop,
+            Prodigy, D-Adaptation), for which it is 10. A probe, and a cut after a divergence, go lower if need be.
         lr_bounds: lowest and highest learning rate of any parameter group, whatever the schedule says.
         max_update_ratio: the learning rate is held so low that updates have at most so many times the norm of the
             weights (geometric mean of a window).
@@ -127,7 +140,10 @@ class ScheduledOptimizer(Optimizer):
 
     Behaviour worth knowing:
         - Gradients are clipped in place, and those of a step whose loss or gradient is not finite never reach the
-          weights.
+          weights: they are set to None, or to zero on an accelerator, which would have to be waited for.
+        - A loss that was divided by the number of mini-batches whose gradients are accumulated (`loss / n`, n backward
+          passes) is recognised, if it is reported as the tensor that it is, and multiplied again. Report a number
+          (`loss.item()`) undivided.
         - A gradient norm is clipped to 100 times its running average, whatever the controls: a guard against outliers.
         - Where the policy sees what it was not trained on, its actions shrink, and the learning rate just goes on
           along the base schedule.

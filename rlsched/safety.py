@@ -126,7 +126,7 @@ class Guard:
 
     @property
     def keeps_snapshots(self) -> bool:
-        return self.on_divergence == ROLLBACK
+        return self.on_divergence == ROLLBACK and self.moves_lr
 
     def intervene(self, step: int, message: str, *, kind: str, level: int = logging.WARNING) -> None:
         """Put on record what is done; of many interventions of a `kind` some are printed."""

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import always, lively_policy, network, train
+from helpers import FACES, always, driven, lively_policy, loss_at, network, train
 
 from rlsched import Controller, ScheduledOptimizer, attach
 
@@ -66,3 +66,40 @@ def test_attributes_tell_a_run_by_the_names_of_its_parts():
         it.optimizer.zero_grad()
         it.optimizer.step()
     assert it.skipped == 1
+
+
+# --- What is shown --------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_explains_itself():
+    """A learning rate of a tenth alarms whoever does not know that momentum has moved as well."""
+    model = network()
+    optimizer = ScheduledOptimizer(
+        torch.optim.SGD(model.parameters(), 0.1, 0.9), total_steps=100, policy=always(momentum=1), decisions=20
+    )
+    train(model, optimizer, range(31))
+    controller, (group,) = optimizer.controller, optimizer.param_groups
+    assert group["momentum"] > 0.95
+    assert controller.equivalent_lr == pytest.approx(0.1 * (1 - 31 / 100))
+    assert controller.equivalent_lr == pytest.approx(group["lr"] * (1 - 0.9) / (1 - group["momentum"]), rel=0.02)
+    assert f"as lr={controller.equivalent_lr:.4g} is at a momentum of 0.9" in repr(controller)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_warnings_point_at_the_users_line(face):
+    """A warning that points into torch is searched for there, and not in the training loop."""
+    model = network()
+    stepped, _ = driven(face, torch.optim.SGD(model.parameters(), 0.1), total_steps=9)
+    with pytest.warns(UserWarning, match="no parameter has a gradient") as caught:
+        stepped.step()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_loss_in_place_of_a_closure_is_refused(face):
+    """step(loss) is what one types; to call it would end in an error about a float that is not callable."""
+    model = network()
+    stepped, _ = driven(face, torch.optim.SGD(model.parameters(), 0.1), total_steps=9)
+    loss_at(model, 0).backward()
+    with pytest.raises(TypeError, match=r"closure must be callable, got 1.0; a loss is given by its name"):
+        stepped.step(1.0)

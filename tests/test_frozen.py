@@ -16,6 +16,8 @@ from rlsched import FrozenSchedule, ScheduledOptimizer, SchedulePolicy, attach
 from rlsched.control import LR
 from rlsched.schedule import PROBE, with_lr
 
+pytestmark = pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")  # as most policies here do
+
 STEPS, DECISIONS = 60, 20  # windows of 3 after the probe, a last one of 2
 OPTIONS = {"total_steps": STEPS, "decisions": DECISIONS}
 
@@ -145,7 +147,7 @@ def test_cut_that_the_control_cannot_reach_is_frozen():
     hyperparameters = train(model, optimizer, range(4))
     for _ in range(4, 7):
         for p in model.parameters():
-            p.grad.fill_(math.nan)
+            p.grad = torch.full_like(p, math.nan)
         optimizer.step(loss=math.nan)
     hyperparameters += train(model, optimizer, range(7, STEPS))
     schedule = optimizer.freeze()
@@ -269,3 +271,13 @@ def test_file_that_is_no_schedule_is_refused(schedule, tmp_path, change, message
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=f"schedule.json.*{message}"):
         FrozenSchedule.load(path)
+
+
+def test_replay_of_the_learning_rate_alone_warns_where_momentum_moved():
+    """Half of a schedule is another schedule: with momentum summed up, its learning rate alone is too large."""
+    one = FrozenSchedule(9, "linear", (0.1,), (0, 8), (1.0, 0.1), {"momentum": (0.9, 0.9)})
+    two = FrozenSchedule(9, "linear", (0.1,), (0, 8), (1.0, 0.1), {"momentum": (0.9, 0.5)})
+    assert one(4) == pytest.approx(0.55)
+    with pytest.warns(UserWarning, match=r"momentum, between 0.5 and 0.9") as caught:
+        assert two(4) == two(4) == pytest.approx(0.55)
+    assert len(caught) == 1

@@ -102,3 +102,14 @@ def test_following_a_scheduler_in_the_shadow_is_refused():
     """Nothing is set in the shadow, so an option that says how to set it cannot be meant."""
     with pytest.raises(ValueError, match="follow_scheduler"):
         attach(OPTIMIZERS["SGD"](network().parameters()), total_steps=9, shadow=True, follow_scheduler=True)
+
+
+@pytest.mark.parametrize("lr, momentum", [(0.0, 0.9), (0.1, 1.0), (0.0, 0.0)])
+def test_shadow_never_ends_a_run(lr, momentum):
+    """Who only looks must not stop a run, whatever the user does in it."""
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), lr, momentum)
+    optimizer = ScheduledOptimizer(inner, total_steps=30, shadow=True, policy=lively_policy())
+    train(model, optimizer, range(10))
+    inner.param_groups[0].update(lr=0.0, momentum=1.0)
+    train(model, optimizer, range(10, 30))

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_copy_does_not_write_into_the_originals_file(tmp_path):
 def test_folder_and_writer_exclude_each_other(tmp_path):
     """One of the two would be ignored."""
     with pytest.raises(ValueError, match="log_dir or writer, not both"):
-        scheduled(network(), log_dir=tmp_path, writer=object())
+        scheduled(network(), log_dir=tmp_path, writer=SimpleNamespace(add_scalar=print))
 
 
 def test_missing_tensorboard_is_named_with_its_remedy(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from rlsched.notices import warn
@@ -25,11 +26,12 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise TypeError(f"ScheduleCallback got unknown options {unknown}; it takes {known}")
 
 
-def controller_of(optimizer: Optimizer, total_steps: int, options: Mapping[str, Any]) -> Controller:
+def controller_of(optimizer: Optimizer, model: Module, total_steps: int, options: Mapping[str, Any]) -> Controller:
     """The controller of a `ScheduledOptimizer`; a new one that is attached to any other optimizer.
 
     Args:
         optimizer: the user's, freed of what the framework put around it.
+        model: whose weights it optimizes; its buffers are part of snapshots.
         total_steps: the optimizer steps that the framework is going to take.
         options: what the user gave the callback, as for `attach`.
 
@@ -37,7 +39,7 @@ def controller_of(optimizer: Optimizer, total_steps: int, options: Mapping[str, 
         ValueError: options are given both to the callback and to a `ScheduledOptimizer`.
     """
     if not isinstance(optimizer, ScheduledOptimizer):
-        return attach(optimizer, **{"total_steps": total_steps, **options})
+        return attach(optimizer, **{"total_steps": total_steps, "model": model, **options})
     if options:
         raise ValueError(f"the optimizer is a ScheduledOptimizer: it takes {', '.join(options)}, not the callback")
     if optimizer.controller.total_steps not in (None, total_steps):

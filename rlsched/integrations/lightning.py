@@ -88,7 +88,7 @@ class ScheduleCallback(Callback):
                 "ScheduleCallback total_steps"
             )
         self._hook = optimizer.register_step_pre_hook(self._report)  # comes before the controller's own hook
-        self.controller = controller_of(optimizer, total_steps, self.options)
+        self.controller = controller_of(optimizer, pl_module, total_steps, self.options)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.controller is not None

@@ -116,7 +116,7 @@ class ScheduleCallback(TrainerCallback):
         if inner is plain:
             restored = inner.param_groups[0].pop(STATE_KEY, None)
             self._handles.append(inner.register_state_dict_post_hook(self._add_state))
-        self.controller = controller_of(inner, state.max_steps, self.options)
+        self.controller = controller_of(inner, model, state.max_steps, self.options)
         if restored is not None:
             self.controller.load_state_dict({STATE_KEY: restored})
         if state.global_step > 0 and self.controller.step_count == 0:

@@ -716,3 +716,16 @@ def test_documentation_lists_what_there_is(make_task):
     assert infos.keys() == INFOS
     for name in (*OBSERVATION_NAMES, *CONTROL_NAMES, *INFOS, *REWARDS):
         assert f"`{name}`" in SchedulingVectorEnv.__doc__ or f'"{name}"' in SchedulingVectorEnv.__doc__
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_trust_is_part_of_the_environment(direction):
+    """A policy that is deployed under a trust that it was not trained under would run into a wall unawares."""
+    env = SchedulingVectorEnv(4, "mlp", controls=["lr"], trust=3, safe_start=False, base_schedule="constant")
+    _, infos = env.reset(seed=0)
+    first = infos["lr"]
+    for _ in range(8):
+        *_, infos = env.step(np.full((4, 1), direction, np.float32))
+    np.testing.assert_allclose(infos["lr"] / first, 3.0**direction, rtol=1e-4)
+    with pytest.raises(ValueError, match="trust must be a number above 1"):
+        SchedulingVectorEnv(4, trust=1)
