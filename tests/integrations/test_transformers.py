@@ -348,6 +348,7 @@ def test_shadow_leaves_a_training_as_it_is(wrapped):
     assert list(callback.controller.proposal) == list(CONTROL_NAMES)
 
 
+@pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")
 @BOTH
 def test_schedule_is_frozen_after_training(wrapped):
     """The schedule of a good run could not be kept, or would lack its end."""
