@@ -30,7 +30,7 @@ class ParameterGroups:
         follow_scheduler: whether a torch scheduler's learning rates take the place of the base schedule.
 
     Raises:
-        ValueError: a group has no learning rate.
+        ValueError: a group has no learning rate, or a momentum of 1 or more.
     """
 
     def __init__(self, optimizer: Optimizer, *, lr_bounds: tuple[float, float], follow_scheduler: bool) -> None:
@@ -51,7 +51,14 @@ class ParameterGroups:
     def adopt(self) -> bool:
         """Take over the groups that are new, and say whether there were any."""
         new = self.optimizer.param_groups[len(self.bases) :]
-        self.bases += [base_values(group) for group in new]
+        bases = [base_values(_without_dimensions(group)) for group in new]
+        for i, base in enumerate(bases, len(self.bases)):
+            if base["momentum"] >= 1:
+                raise ValueError(
+                    f"optimizer: parameter group {i} has a momentum of {base['momentum']:g}; it must be "
+                    "below 1 for gradients to have an average"
+                )
+        self.bases += bases
         return bool(new)
 
     def decide(self, run: Run, state: ScheduleState) -> None:
@@ -81,7 +88,7 @@ class ParameterGroups:
         groups = self.optimizer.param_groups
         overridden = not self.follow_scheduler and self._has_changed(usual_decay)
         if self.follow_scheduler:
-            self._lrs = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+            self._lrs = [g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         for i, (group, values) in enumerate(zip(groups, self.decided, strict=True)):
             lr = self._lrs[i] if self.follow_scheduler else self.bases[i][LR.name] * decay
             LR.write(group, clamp(lr * values[LR.name], *self.lr_bounds))
@@ -101,7 +108,7 @@ class ParameterGroups:
     def states_in_use(self, state: ScheduleState, decay: float) -> dict[str, float]:
         """The control states that the hyperparameters in use amount to, in the first group, beside a schedule."""
         group, base, sums = self.optimizer.param_groups[0], self.bases[0], self.traits.sums_gradients
-        used = base_values(group)
+        used = base_values(_without_dimensions(group))
         movable = [name for name, control in CONTROLS.items() if control.can_move(base[name])]
         states = {**state.base, **{name: CONTROLS[name].state(base[name], used[name]) for name in movable}}
         lr = float(group["lr"])
@@ -147,3 +154,14 @@ class ParameterGroups:
             if not isinstance(lr, Tensor) and lr != ours and not any(math.isclose(lr, x) for x in known):
                 return True
         return False
+
+
+def _without_dimensions(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group in which tensors of one number, which torch takes for hyperparameters, are 0-d."""
+    plain = dict(group)
+    for name, value in group.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            plain[name] = value.reshape(())
+        elif name == "betas" and isinstance(value, Sequence):
+            plain[name] = tuple(beta.reshape(()) if isinstance(beta, Tensor) else beta for beta in value)
+    return plain

@@ -19,6 +19,7 @@ from rlsched.parameter_sample import (
     LOSS,
     PRODUCTS_OF_ROWS,
     ParameterSample,
+    as_real,
     moments_of,
 )
 from rlsched.schedule import ScheduleState
@@ -60,6 +61,7 @@ class Meter:
         self._last_grad: Tensor | None = None  # of a sample that is yet to be made
         self._record: Tensor | None = None  # of the step that is under way
         self._is_measured = False  # whether products of that step are
+        self._all_dense = True  # gradients, and real numbers
         self._ranks = 1
         self._rank_weights: list[float] | None = None
 
@@ -85,17 +87,14 @@ class Meter:
         self._losses.append(loss)
 
     def local_grads(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients that there are, of what this rank holds.
-
-        Raises:
-            ValueError: one is sparse.
+        """The gradients that there are, as real numbers that can be changed in place: of what this rank holds, and of a
+        sparse gradient the values that it stores. These may be several parts of a number: to scale them scales it.
         """
         grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
         if self._rank_weights is not None:
             grads = [distributed.local(grad) for grad in grads]
-        if any(grad.is_sparse for grad in grads):
-            raise ValueError("optimizer: sparse gradients are not supported; use Embedding(..., sparse=False)")
-        return grads
+        self._all_dense = all(map(_is_dense, grads))
+        return grads if self._all_dense else [as_real(grad._values() if grad.is_sparse else grad) for grad in grads]
 
     def forget_losses(self) -> None:
         """Of a step that does not count."""
@@ -114,7 +113,8 @@ class Meter:
         weights = self._rank_weights
         if weights is not None:
             weights = [weight for weight, p in zip(weights, parameters, strict=True) if p.grad is not None]
-        loss, norm = _mean(losses, device), total_norm(grads, weights)
+        summed = grads if self._all_dense else _summed(parameters, grads)
+        loss, norm = _mean(losses, device), total_norm(summed, weights)
         if self._ranks > 1:
             return distributed.whole_step(loss, norm, sharded=weights is not None, device=device)
         return loss, norm
@@ -201,7 +201,7 @@ class Meter:
 
     def zero_nonfinite_grads(self, parameters: Sequence[Tensor]) -> None:
         """Zero all gradients unless they are finite: those of an evaluation in the midst of a step."""
-        grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        grads = self.local_grads(parameters)
         if grads and self._rank_weights is None:
             norm = total_norm(grads, None)
             zero_unless(norm.isfinite() if isinstance(norm, Tensor) else math.isfinite(norm), grads)
@@ -256,6 +256,17 @@ class Meter:
 def on_host(tensor: Tensor) -> bool:
     """Whether a number in `tensor` can be read without waiting for an accelerator."""
     return tensor.device.type == "cpu"
+
+
+def _is_dense(grad: Tensor) -> bool:
+    """Whether this is a plain tensor of real numbers."""
+    return not (grad.is_sparse or grad.is_complex())
+
+
+def _summed(parameters: Sequence[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """The gradients, with the parts of each number of a sparse one summed up as optimizers sum them."""
+    whole = (p.grad for p in parameters if p.grad is not None)
+    return [g.coalesce().values() if g.is_sparse else grad for g, grad in zip(whole, grads, strict=True)]
 
 
 def zero_unless(finite: Tensor | bool, grads: Iterable[Tensor]) -> None:

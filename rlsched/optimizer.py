@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rlsched.checkpoint import STATE_KEY
+from rlsched.checkpoint import STATE_KEY, is_asked_by_helpers, parted, with_state
 from rlsched.controller import Controller
 from rlsched.frozen import FrozenSchedule
 from rlsched.options import shows_options
@@ -116,8 +118,8 @@ class ScheduledOptimizer(Optimizer):
           model. With parameters that `fully_shard` (FSDP2) has sharded, all ranks have to call `state_dict`.
 
     Raises:
-        ValueError: an argument is out of its range, the optimizer has no "lr", gradients are sparse, or parameters
-            are those of FSDP1.
+        ValueError: an argument is out of its range, the optimizer has no "lr" or a momentum of 1 or more, or
+            parameters are those of FSDP1.
         DivergenceError: in `step`, with `on_divergence="raise"`.
         FileNotFoundError, PolicyFileError: the policy cannot be loaded.
     """
@@ -132,14 +134,14 @@ class ScheduledOptimizer(Optimizer):
         self.controller = Controller(optimizer, **options)
         # Hook tables and the patched `step` of the base class, but not its parameter groups: those are delegated.
         super().__setstate__({"defaults": optimizer.defaults})
-        # The first group has the controller's state in a state_dict, since torch.distributed.checkpoint drops all that
-        # is not in a group or of a parameter; and it looks into the live group for what to load.
-        optimizer.param_groups[0][STATE_KEY] = None
 
     # Optimizers rebind these in load_state_dict, so a copied reference would go stale.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
+        groups = self.optimizer.param_groups
+        if is_asked_by_helpers("_unflatten_optim_state_dict"):  # which reads what there is to load
+            return [{**groups[0], STATE_KEY: None}, *groups[1:]]
+        return groups
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
@@ -172,10 +174,12 @@ class ScheduledOptimizer(Optimizer):
         elif isinstance(self.optimizer, LBFGS):
             raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
         self.controller.prepare_step(loss)
-        if closure is None:
-            self.optimizer.step()
+        arguments = [] if closure is None else [_evaluated_once(closure, loss, self.controller)]
+        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            with _no_global_hooks():
+                self.optimizer.step(*arguments)
         else:
-            self.optimizer.step(_evaluated_once(closure, loss, self.controller))
+            self.optimizer.step(*arguments)
         self.controller.finish_step()
         return loss
 
@@ -204,21 +208,34 @@ class ScheduledOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state_dict, with the controller's state in the first parameter group."""
-        state_dict = self.optimizer.state_dict()
-        state_dict["param_groups"][0].update(self.controller.state_dict())
+        """The wrapped optimizer's state_dict, and the controller's state under "rlsched".
+
+        For the helpers of torch.distributed.checkpoint, which drop that, it is in the first parameter group.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = with_state(self.optimizer.state_dict(), self.controller.state_dict())
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was; see `Controller.load_state_dict` for the errors."""
-        first, *others = state_dict.get("param_groups") or [{}]
-        if not first.get(STATE_KEY):
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        rest, state = parted(state_dict)
+        if not state:
             raise ValueError(
-                f"state_dict has no {STATE_KEY!r} in its first parameter group, so it is not of a ScheduledOptimizer; "
+                f"state_dict has no {STATE_KEY!r}, so it is not of a ScheduledOptimizer; "
                 "a plain optimizer's is for the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
             )
-        self.controller.load_state_dict({STATE_KEY: first[STATE_KEY]})
-        self.optimizer.load_state_dict({**state_dict, "param_groups": [{**first, STATE_KEY: None}, *others]})
+        self.controller.load_state_dict(state)
+        self.optimizer.load_state_dict(rest)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "controller": self.controller, "defaults": self.defaults}
@@ -290,3 +307,17 @@ def _evaluated_once(closure: Callable[[], Any], loss: Any, controller: Controlle
         return value
 
     return evaluate
+
+
+@contextmanager
+def _no_global_hooks() -> Iterator[None]:
+    """Hooks on the steps of all optimizers have been called for the wrapper, and are not for what it wraps."""
+    tables: list[dict[int, Any]] = [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    hooks = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, those in zip(tables, hooks, strict=True):
+            table.update(those)
