@@ -1,21 +1,27 @@
-"""The state of a run as bytes: every key that is saved is named here."""
+"""The state of a run as bytes: every key that is saved is named here or in the types of its parts."""
 
 from __future__ import annotations
 
 import io
+import math
+import re
 import sys
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+from torch import Tensor
 
+from rlsched.control import CONTROLS, LR
 from rlsched.frozen import Window
 from rlsched.meter import MeterState
-from rlsched.safety import GuardState, Intervention
+from rlsched.safety import GuardState, Snapshot
 from rlsched.schedule import ScheduleState
+from rlsched.signals import TRACES
 
 STATE_KEY = "rlsched"  # of the bytes in a state_dict
-HELPERS = "torch.distributed.checkpoint.state_dict"
 
 
 class Saved(NamedTuple):
@@ -27,6 +33,8 @@ class Saved(NamedTuple):
     bases: list[dict[str, float]]  # what the user gave each parameter group, by control
     windows: list[Window]  # what was decided
     skipped: int  # calls of step without any gradient
+    exponents: list[int]  # of 2, by which each group's momentum buffers are scaled beside it; none, if they are not
+    snapshot: Snapshot | None  # if the run may have to go back to it
 
 
 def packed(saved: Saved, identity: Mapping[str, Any]) -> dict[str, bytes]:
@@ -35,80 +43,221 @@ def packed(saved: Saved, identity: Mapping[str, Any]) -> dict[str, bytes]:
     Checkpoints of torch.distributed ask a fresh controller for the names and shapes of what they load. Those of a run
     in progress are others: bytes have none.
     """
-    plain = {name: value._asdict() if hasattr(value, "_asdict") else value for name, value in saved._asdict().items()}
-    plain["guard"]["interventions"] = [tuple(each) for each in saved.guard.interventions]
-    plain["windows"] = [window._asdict() for window in saved.windows]
+    snapshot = None if saved.snapshot is None else _plain(saved.snapshot.packed())
+    plain = _plain({**saved._asdict(), "snapshot": snapshot if _is_safe(snapshot) else None, "identity": identity})
     file = io.BytesIO()
-    torch.save(_apart({**plain, "identity": dict(identity)}), file)
+    torch.save(plain, file)
     return {STATE_KEY: file.getvalue()}
 
 
-def unpacked(state_dict: Mapping[str, Any], identity: Mapping[str, Any]) -> Saved:
+def unpacked(
+    state_dict: Mapping[str, Any], identity: Mapping[str, Any], parameters: Sequence[Tensor], memory: Any = None
+) -> Saved:
     """What `packed` was given.
 
+    Args:
+        state_dict: has the bytes.
+        identity: what the state has to be of.
+        parameters: which a snapshot is of.
+        memory: a memory of the policy that has to go on.
+
     Raises:
-        ValueError: it is of a run with another identity, of another rlsched, or no state at all.
+        ValueError: it is of a run with another identity, of another rlsched, no state at all, or something in it cannot
+            be.
     """
-    if not state_dict.get(STATE_KEY):
-        raise ValueError(f"state_dict has no {STATE_KEY!r}, so it is not of a rlsched.Controller")
-    plain = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
+    plain = _read_bytes(state_dict)
     there = plain.pop("identity", None)
-    if there is None:
+    if not isinstance(there, dict):
         raise ValueError("state_dict was saved by another version of rlsched, which this one does not read")
     for name, value in identity.items():
         if there.get(name) != value:
             raise ValueError(f"state_dict is of a run with {name}={there.get(name)!r}, this one has {value!r}")
+    snapshot = plain.pop("snapshot", None)
+    saved: Saved = _read(Saved, {**plain, "snapshot": None}, "")
+    _check(saved, memory, identity)
+    if snapshot is None:
+        return saved
+    return saved._replace(snapshot=_read_snapshot(snapshot, saved, parameters, memory))
+
+
+def _read_bytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    state = state_dict.get(STATE_KEY)
+    if not isinstance(state, bytes | bytearray) or not state:
+        raise ValueError(f"state_dict has no {STATE_KEY!r}, so it is not of a rlsched.Controller")
     try:
-        plain["guard"]["interventions"] = tuple(Intervention(*each) for each in plain["guard"]["interventions"])
-        plain["windows"] = [Window(**window) for window in plain["windows"]]
-        for name, kind in (("schedule", ScheduleState), ("meter", MeterState), ("guard", GuardState)):
-            plain[name] = kind(**plain[name])
-        return Saved(**plain)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"state_dict was saved by another version of rlsched: {error}") from error
+        plain = torch.load(io.BytesIO(state), map_location="cpu", weights_only=True)
+    except Exception as error:  # of zip files, of pickles, and whatever is in them
+        raise ValueError(f"state_dict[{STATE_KEY!r}] cannot be read: {error}") from error
+    return plain if isinstance(plain, dict) else {}
 
 
-def _apart(value: Any) -> Any:
-    """A copy of nested containers in which none occurs twice, so that equal states are equal bytes."""
+def _plain(value: Any) -> Any:
+    """A copy of nested containers, with no class of our own, and none of them twice: equal states are equal bytes."""
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        value = value._asdict()
     if isinstance(value, Mapping):
-        return {_apart(key): _apart(each) for key, each in value.items()}
+        return {_plain(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(map(_apart, value))
+        return type(value)(map(_plain, value))
     return sys.intern(value) if isinstance(value, str) else value
 
 
-# --- torch.distributed.checkpoint -----------------------------------------------------------------------------------
+def _is_safe(value: Any) -> bool:
+    """Whether torch loads this without pickle's dangers; an optimizer may keep what it likes of its parameters."""
+    if isinstance(value, dict):
+        return all(map(_is_safe, [*value, *value.values()]))
+    if isinstance(value, list | tuple):
+        return all(map(_is_safe, value))
+    return value is None or type(value) in (bool, int, float, str, Tensor, torch.nn.Parameter)
+
+
+# --- What can be ----------------------------------------------------------------------------------------------------
 #
-# Its helpers (`get_optimizer_state_dict` and so on) drop all that is not in a parameter group or of a parameter, and
-# look into the groups for what to load. So the bytes are in the first group for them; else at the top of a state_dict,
-# where they are in nobody's way: neither in the groups of a plain optimizer, nor when groups are compared.
+# A state is read by the types of its parts. A number is finite, unless it is one that may not be known.
+
+MOST = 2.0**62  # steps, and whatever else is counted
+COUNTED = (0, MOST)
+RANGES = {
+    "schedule.step": COUNTED,
+    "schedule.lr_offset": (-MOST, 0.0),
+    "schedule.probing": (0, 1),
+    "schedule.window_start": COUNTED,
+    "schedule.window_end": COUNTED,
+    "meter.average_norm": (0.0, math.inf),
+    "average_norm": (0.0, math.inf),
+    "guard.nonfinite": COUNTED,
+    "guard.ceiling": (LR.low, LR.high),
+    "guard.restored_at": (-1, MOST),
+    "guard.interventions.step": COUNTED,
+    "windows.start": COUNTED,
+    "skipped": COUNTED,
+    "exponents": (-64, 64),
+}
+MAY_BE_UNKNOWN = re.compile(r"schedule\.history\.\w+|guard\.(first|average|lowest)|(meter\.)?average_norm|bases\.\w+")
+ANY_LOSS = "meter.losses"  # of a step that a GradScaler has skipped
+KEYS = {"control": CONTROLS, "base": CONTROLS, "moved": CONTROLS, "bases": CONTROLS, "history": TRACES}
+
+_type_hints = lru_cache(get_type_hints)
 
 
-def is_asked_by_helpers(function: str | None = None) -> bool:
-    """Whether one of these helpers, or the one of this name, is calling: directly, or by way of others."""
-    frame = sys._getframe(1) if HELPERS in sys.modules else None
-    while frame is not None:
-        if frame.f_globals.get("__name__") == HELPERS and function in (None, frame.f_code.co_name):
-            return True
-        frame = frame.f_back
-    return False
+def _read(kind: Any, value: Any, name: str) -> Any:
+    """A value of the type that a part of a state has.
+
+    Args:
+        kind: a NamedTuple, a container, an elementary type, or Any, which is that of a `Number`.
+        value: what was saved.
+        name: of it, for errors.
+
+    Raises:
+        ValueError: it is of another type, or out of its range.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType:
+        (kind,) = (argument for argument in arguments if argument is not NoneType)
+        return None if value is None else _read(kind, value, name)
+    if name.endswith("schedule.memory"):
+        return value
+    if origin in (list, tuple):
+        _demand(isinstance(value, list | tuple), name, "a sequence", value)
+        return origin(_read(arguments[0], each, f"{name}[{i}]") for i, each in enumerate(value))
+    if origin is dict:
+        _demand(isinstance(value, dict), name, "a dict", value)
+        _same_names(value, KEYS[_general(name).rpartition(".")[2]], name)
+        return {key: _read(arguments[1], each, f"{name}.{key}") for key, each in value.items()}
+    if hasattr(kind, "_fields"):
+        _demand(isinstance(value, dict), name, "a dict", value)
+        hints = _type_hints(kind)
+        _same_names(value, hints, name)
+        return kind(**{key: _read(hints[key], value[key], f"{name}.{key}".lstrip(".")) for key in hints})
+    if kind in (int, float, Any):
+        return _read_number(kind, value, name)
+    _demand(isinstance(value, kind), name, f"a {kind.__name__}", value)
+    return value
 
 
-def with_state(state_dict: dict[str, Any], state: Mapping[str, bytes]) -> dict[str, Any]:
-    """A state_dict of an optimizer with the bytes where they will be found again."""
-    if not is_asked_by_helpers():
-        return {**state_dict, **state}
-    first, *others = state_dict["param_groups"]
-    return {**state_dict, "param_groups": [{**first, **state}, *others]}
+def _read_number(kind: Any, value: Any, name: str) -> Any:
+    allowed = (int,) if kind is int else (int, float)
+    _demand(type(value) in allowed, name, "a number" if len(allowed) > 1 else "an int", value)
+    general = _general(name)
+    low, high = RANGES.get(general, (-math.inf, math.inf))
+    is_known = abs(value) < math.inf and low <= value <= high
+    may_be_unknown = value != value and MAY_BE_UNKNOWN.fullmatch(general)
+    _demand(is_known or may_be_unknown or general == ANY_LOSS, name, f"finite and in [{low:g}, {high:g}]", value)
+    return value
 
 
-def parted(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The optimizer's own part of what `with_state` gave, and the bytes; no bytes, if they are not there."""
-    rest = {key: value for key, value in state_dict.items() if key != STATE_KEY}
-    state = {STATE_KEY: state_dict[STATE_KEY]} if STATE_KEY in state_dict else {}
-    groups = rest.get("param_groups")
-    if groups and STATE_KEY in groups[0]:
-        first = dict(groups[0])
-        state = {STATE_KEY: first.pop(STATE_KEY)} | state
-        rest["param_groups"] = [first, *groups[1:]]
-    return rest, state
+def _general(name: str) -> str:
+    """A name without what number it is in a sequence, and without whose it is."""
+    return re.sub(r"\[\d+\]", "", name).removeprefix("snapshot.")
+
+
+def _demand(condition: Any, name: str, what: str, value: Any) -> None:
+    if not condition:
+        shown = f"of shape {tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)[:80]
+        raise ValueError(f"state_dict: {name or 'the state'} must be {what}, got {shown}")
+
+
+def _same_names(value: Mapping[str, Any], names: Iterable[str], name: str) -> None:
+    for what, keys in (("lacks", set(names) - set(value)), ("has an unknown", set(value) - set(names))):
+        if keys:
+            raise ValueError(
+                f"state_dict was saved by another version of rlsched: {name or 'it'} {what} {min(map(repr, keys))}"
+            )
+
+
+def _check(saved: Saved, memory: Any, identity: Mapping[str, Any]) -> None:
+    """Refuse what cannot be together."""
+    now, bases, windows = saved.schedule, saved.bases, saved.windows
+    _demand(now.window_start <= now.step, "schedule.window_start", f"at most the step, {now.step}", now.window_start)
+    _demand(now.window_start < now.window_end, "schedule.window_end", "behind its start", now.window_end)
+    is_within = now.step <= now.window_end or now.window_end >= identity["total_steps"]
+    _demand(is_within, "schedule.step", f"at most the end of its window, {now.window_end}", now.step)
+    _demand(bases, "bases", "those of at least one parameter group", bases)
+    for i, base in enumerate(bases):
+        for name, value in base.items():
+            may_lack = name != LR.name and math.isnan(value)
+            allowed = CONTROLS[name].allowed
+            _demand(may_lack or CONTROLS[name].is_valid(value), f"bases[{i}].{name}", allowed, value)
+    _check_controls(now, bases[0], "schedule", memory)
+    _demand(len(saved.exponents) in (0, len(bases)), "exponents", "one for each group, or none", saved.exponents)
+    starts = [window.start for window in windows]
+    rising = all(map(int.__lt__, starts, starts[1:]))
+    _demand(starts[:1] == [0] and rising, "windows", "in their order from the first step on", starts)
+    _demand(starts[-1] <= now.step, "windows", f"of steps up to {now.step}", starts[-1])
+
+
+def _check_controls(state: ScheduleState, base: Mapping[str, float], where: str, memory: Any) -> None:
+    for name, control in CONTROLS.items():
+        origin, value = state.base[name], state.control[name]
+        expected = control.origin(base[name])
+        _demand(math.isclose(origin, expected), f"{where}.base.{name}", f"{expected!r}, the base value's", origin)
+        low, high = min(control.low, origin), max(control.high, origin)
+        _demand(low <= value <= high, f"{where}.control.{name}", f"in [{low:g}, {high:g}]", value)
+    if memory is None:
+        _demand(state.memory is None, f"{where}.memory", "None, as the policy has no memory", state.memory)
+        return
+    is_alike = isinstance(state.memory, Tensor) and (state.memory.shape, state.memory.dtype) == (
+        memory.shape,
+        memory.dtype,
+    )
+    what = f"a finite tensor of shape {tuple(memory.shape)} {memory.dtype}"
+    _demand(is_alike and state.memory.isfinite().all(), f"{where}.memory", what, state.memory)
+
+
+def _read_snapshot(plain: Any, saved: Saved, parameters: Sequence[Tensor], memory: Any) -> Snapshot:
+    name = "snapshot"
+    _demand(isinstance(plain, dict), name, "a dict", plain)
+    _same_names(plain, Snapshot._fields, name)
+    read: dict[str, Any] = {"average_norm": _read(float, plain["average_norm"], f"{name}.average_norm")}
+    for part, kind in (("schedule", ScheduleState), ("guard", GuardState)):
+        read[part] = _read(kind, plain[part], f"{name}.{part}")
+    _check_controls(read["schedule"], saved.bases[0], f"{name}.schedule", memory)
+    for part in ("weights", "optimizer_state"):
+        value = plain[part]
+        is_whole = isinstance(value, list) and len(value) == len(parameters)
+        _demand(is_whole, f"{name}.{part}", f"a list of {len(parameters)}, one for each parameter", value)
+    for i, (p, weights, state) in enumerate(zip(parameters, plain["weights"], plain["optimizer_state"], strict=True)):
+        is_alike = isinstance(weights, Tensor) and (weights.shape, weights.dtype) == (p.shape, p.dtype)
+        _demand(is_alike, f"{name}.weights[{i}]", f"a tensor of shape {tuple(p.shape)} {p.dtype}", weights)
+        _demand(state is None or isinstance(state, dict), f"{name}.optimizer_state[{i}]", "a dict or None", state)
+    return Snapshot.unpacked({**plain, **read}, parameters)

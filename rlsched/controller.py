@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from rlsched.hyperparameters import ParameterGroups
 from rlsched.meter import Meter
 from rlsched.number import Number
 from rlsched.options import ScheduleOptions, shows_options
-from rlsched.safety import Guard, Intervention
+from rlsched.safety import Guard, Intervention, Snapshot
 from rlsched.signals import Run
 from rlsched.tensorboard import RunLog
 
@@ -54,6 +55,14 @@ class Controller:
         self.optimizer = optimizer
         self.policy = given.loaded_policy()
         self.log = RunLog(given.log_dir, given.writer)
+        self._warned: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self.begin()
+
+    def begin(self) -> None:
+        """A run that is yet to start, of the optimizer as it is."""
+        given, optimizer = self.options, self.optimizer
         self.groups = ParameterGroups(optimizer, lr_bounds=given.lr_bounds, follow_scheduler=given.follow_scheduler)
         traits, base = self.groups.traits, self.groups.bases[0]
         interval = schedule.decision_interval(given.total_steps, given.decisions)
@@ -61,6 +70,9 @@ class Controller:
         chosen = set(self.policy.controls) & set(given.controls)
         self._moving = tuple(n for n, control in CONTROLS.items() if n in chosen and control.can_move(base[n]))
         self._written = () if given.shadow else self._moving
+        if not given.shadow:
+            own = {LR.name} if given.follow_scheduler else set()  # which a scheduler sets then
+            self.groups.driven = frozenset({*self._moving, LR.name}) - own
         self.meter = Meter(
             interval, has_momentum=base["momentum"] > 0, max_grad_norm=given.max_grad_norm, watches=given.shadow
         )
@@ -73,9 +85,7 @@ class Controller:
         self.state = schedule.begin(self.run, base, probing=probing, memory=self.policy.begin())
         self.skipped = 0
         self.proposal: dict[str, float] = {}
-        self._warned: set[str] = set()
-        self._handles: list[RemovableHandle] = []
-        self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._has_resumed = False  # and no step has begun since
         self._hold()
         self.windows = [self._window()]
 
@@ -122,6 +132,9 @@ class Controller:
         state, restored_at = self.state, self.guard.state.restored_at
         if state.step == 0 and (state.probing or self.guard.keeps_snapshots):
             self.guard.take_snapshot(state)
+        elif self._has_resumed and not state.probing and self.guard.snapshot is None:
+            self.guard.consider_snapshot(self.run, state, whole_loss)
+        self._has_resumed = False
         if not self.options.shadow:
             self._set_hyperparameters()
         if state.step == restored_at:  # the gradients are of weights that are no more
@@ -222,27 +235,51 @@ class Controller:
     # --- State ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as bytes. Of a sharded model all ranks have to call this."""
-        parts = self.state, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
-        return packed(Saved(*parts), self._identity())
+        """Everything that the next step depends on, as bytes. Of a sharded model all ranks have to call this.
+
+        A snapshot is part of it where the run may soon be taken back to it: during the probe, and while the run is not
+        well. It is no part of the state of a sharded model.
+        """
+        return self.packed(self.saved_snapshot())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the run that gave `state_dict` was.
+        """Go on where the run that gave `state_dict` was. If that fails, the controller is as it was.
 
-        Snapshots are not in the state: the next one is taken at a decision that finds the run well, and a probe that
-        has gone too far just before is not undone.
+        Without a snapshot in it one is taken as soon as training goes on, if snapshots are kept: a run that diverges
+        later goes back to there.
 
         Raises:
             ValueError: the state is of a run with another policy, other controls, total_steps or decisions, of another
-                rlsched, or of no controller at all.
+                rlsched, of no controller at all, or something in it cannot be.
         """
-        self.state, measured, self.guard.state, bases, self.windows, self.skipped = unpacked(
-            state_dict, self._identity()
-        )
-        self.guard.snapshot = None
-        self.meter.load(measured, self._parameters()[0].device)
-        self.groups.load(bases)
+        self.go_on(self.unpacked(state_dict))
+
+    def saved_snapshot(self) -> Snapshot | None:
+        """The snapshot, if it belongs to the state."""
+        return self.guard.snapshot if self.guard.may_go_back(self.state) and not self.meter.is_sharded else None
+
+    def packed(self, snapshot: Snapshot | None, exponents: Sequence[int] = ()) -> dict[str, bytes]:
+        """The state with this snapshot, beside momentum buffers that are scaled by these powers of two."""
+        parts = self.state, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
+        return packed(Saved(*parts, list(exponents), snapshot), self._identity())
+
+    def unpacked(self, state_dict: Mapping[str, Any]) -> Saved:
+        """What is in a state; see `load_state_dict` for the errors."""
+        saved = unpacked(state_dict, self._identity(), self._parameters(), self.policy.begin())
+        self.meter.check(saved.meter)
+        there, here = len(saved.bases), len(self.optimizer.param_groups)
+        if there > here:
+            raise ValueError(f"state_dict is of an optimizer with {there} parameter groups, this one has {here}")
+        return saved
+
+    def go_on(self, saved: Saved) -> None:
+        """Go on from a state that was unpacked."""
+        self.state, self.windows, self.skipped = saved.schedule, saved.windows, saved.skipped
+        self.guard.state, self.guard.snapshot = saved.guard, saved.snapshot
+        self.meter.load(saved.meter, self._parameters()[0].device)
+        self.groups.load(saved.bases)
         self._hold()
+        self._has_resumed = True
 
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other was."""
@@ -251,7 +288,7 @@ class Controller:
 
     def __getstate__(self) -> dict[str, Any]:
         guard = copy.copy(self.guard)
-        guard.snapshot = None
+        guard.snapshot = self.saved_snapshot()
         return {**self.__dict__, "_handles": [], "guard": guard}
 
     # --- After the run ----------------------------------------------------------------------------------------------
@@ -277,12 +314,23 @@ class Controller:
         return FrozenSchedule.of(self.windows, self.total_steps, self.groups.bases, self.policy.base_schedule)
 
     def detach(self) -> None:
-        """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
+        """Undo `attach`: take the hooks off the optimizer, and give it back to whoever goes on without a schedule.
+
+        Learning rate, momentum and weight decay are the user's own again, but for a learning rate that follows a
+        scheduler, which stays where that has it; and a momentum that sums gradients is rescaled to theirs.
+        """
+        if self._handles:
+            self.give_back()
         for handle in self._handles:
             handle.remove()
         if self._handles and self._scales_by_itself:
             self.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         self._handles = []
+
+    def give_back(self) -> None:
+        """End the schedule of an optimizer, as `detach` does; to step on under it is an error from then on."""
+        if not self.options.shadow:
+            self.groups.give_back()
 
     def __repr__(self) -> str:
         now = ", ".join(f"{name}={value:.4g}" for name, value in self.proposal.items())

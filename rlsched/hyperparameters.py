@@ -18,14 +18,17 @@ from rlsched.schedule import ScheduleState
 from rlsched.signals import Run
 from rlsched.traits import traits_of
 
-BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their momentum
+SUM = "momentum_buffer"  # where torch's optimizers keep their sum of gradients
+BUFFERS = ("exp_avg", SUM)  # where they keep their momentum
+DRIVER = "_rlsched_groups"  # attribute of an optimizer: whose hyperparameters its groups hold
 
 
 class ParameterGroups:
     """The groups of an optimizer under a schedule. Each group keeps its distance to the first one.
 
     Args:
-        optimizer: its present hyperparameters are the base values.
+        optimizer: its present hyperparameters are the base values. If another schedule drives it, that gives it back
+            first.
         lr_bounds: lowest and highest learning rate.
         follow_scheduler: whether a torch scheduler's learning rates take the place of the base schedule.
 
@@ -39,13 +42,17 @@ class ParameterGroups:
                 f"optimizer: {type(optimizer).__name__} has parameter groups without 'lr', so there is no learning "
                 "rate to schedule"
             )
+        if DRIVER in vars(optimizer):
+            vars(optimizer)[DRIVER].give_back()
         self.optimizer = optimizer
         self.lr_bounds = lr_bounds
         self.follow_scheduler = follow_scheduler
         self.traits = traits_of(optimizer)
         self.bases: list[dict[str, float]] = []  # of each group, by control
         self.decided: list[dict[str, float]] = []  # the same, as decided; of the lr the factor on the base schedule
+        self.driven: frozenset[str] = frozenset()  # hyperparameters that the schedule sets, and nobody else
         self._lrs: list[Any] = []  # of each group: as it was set last, or as a scheduler that is followed wants it
+        self._is_over = False
         self.adopt()
 
     def adopt(self) -> bool:
@@ -84,7 +91,13 @@ class ParameterGroups:
 
         Returns:
             Whether somebody else has changed a learning rate in vain.
+
+        Raises:
+            RuntimeError: the optimizer was given back.
         """
+        if self._is_over:
+            raise RuntimeError("this schedule has given its optimizer back, or another one drives it now")
+        setattr(self.optimizer, DRIVER, self)
         groups = self.optimizer.param_groups
         overridden = not self.follow_scheduler and self._has_changed(usual_decay)
         if self.follow_scheduler:
@@ -123,10 +136,7 @@ class ParameterGroups:
         for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             if base["momentum"] > 0:
                 one, other = (schedule.hyperparameters(run, s, base)["momentum"] for s in (old, new))
-                states = (self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state)
-                buffers = [s["momentum_buffer"] for s in states if s.get("momentum_buffer") is not None]
-                if buffers:
-                    torch._foreach_mul_([distributed.local(b) for b in buffers], growth(other, 1) / growth(one, 1))
+                self._scale_buffers(group, growth(other, 1) / growth(one, 1))
 
     def momentum_buffers(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Where the optimizer keeps the momentum of each parameter."""
@@ -142,9 +152,80 @@ class ParameterGroups:
         known = all(not isinstance(lr, Tensor) or on_host(lr) for lr in lrs)
         return known and not any(lrs) and bool(grads) and not any(grad.any() for grad in grads)
 
+    # --- What the user gave -----------------------------------------------------------------------------------------
+
+    def give_back(self) -> None:
+        """End the schedule: the groups hold what the user gave again, and momentum buffers what belongs to that."""
+        for i, (base, group) in enumerate(zip(self.bases, self.optimizer.param_groups, strict=False)):
+            group.update(self._as_given(base, group))
+            self._scale_buffers(group, self.growth_of_buffers(i))
+        self.let_go()
+
+    def let_go(self) -> None:
+        """End the schedule, and leave the groups as they are."""
+        self._is_over = True
+        vars(self.optimizer).pop(DRIVER, None)
+
+    def given(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Groups of the optimizer's state_dict, with what the user gave in place of what was decided."""
+        live = self.optimizer.param_groups
+        bases = [next((b for b, mine in zip(self.bases, live, strict=False) if mine is each), None) for each in live]
+        return [
+            dict(group) if base is None else self._as_given(base, group)
+            for base, group in zip(bases, groups, strict=True)
+        ]
+
+    def growth_of_buffers(self, i: int) -> float:
+        """How many times what the momentum buffers of group i hold they would hold at its base momentum."""
+        base, now = self.bases[i]["momentum"], self.decided[i]["momentum"]
+        driven = "momentum" in self.driven and self.traits.sums_gradients
+        return growth(base, 1) / growth(now, 1) if driven and base > 0 else 1.0
+
     def load(self, bases: list[dict[str, float]]) -> None:
         """Take over the base values of a run that goes on."""
         self.bases, self._lrs = [dict(base) for base in bases], []
+
+    def edited(
+        self, bases: Sequence[Mapping[str, float]], groups: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, float]]:
+        """Base values of a run, as they are in the groups of a state_dict: somebody may have changed them there.
+
+        Args:
+            bases: the values that the run had.
+            groups: with what the user gave, as `given` has them.
+
+        Raises:
+            ValueError: a value is not what it can be.
+        """
+        edited = [dict(base) for base in bases]
+        for i, (base, group) in enumerate(zip(edited, groups, strict=False)):
+            for name in self.driven:
+                if math.isnan(base[name]):  # the group has nothing of the kind
+                    continue
+                try:
+                    base[name] = CONTROLS[name].base(_without_dimensions({**group, "initial_lr": group[LR.name]}))
+                    valid = CONTROLS[name].is_valid(base[name])
+                except (LookupError, TypeError):
+                    valid = False
+                if not valid:
+                    allowed = CONTROLS[name].allowed
+                    raise ValueError(f"state_dict: {name} of parameter group {i} must be {allowed}, got {dict(group)}")
+        return edited
+
+    def _as_given(self, base: Mapping[str, float], group: Mapping[str, Any]) -> dict[str, Any]:
+        given = dict(group)
+        for name in self.driven:
+            CONTROLS[name].write(given, base[name])
+        if LR.name in self.driven and "initial_lr" in given:
+            lr = given[LR.name]
+            given["initial_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+        return given
+
+    def _scale_buffers(self, group: Mapping[str, Any], factor: float) -> None:
+        states = (self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state)
+        buffers = [distributed.local(s[SUM]) for s in states if s.get(SUM) is not None]
+        if buffers and factor != 1:
+            torch._foreach_mul_(buffers, factor)
 
     def _has_changed(self, decay: float) -> bool:
         """Whether a learning rate is neither what it was set to, nor what a resumed run finds."""

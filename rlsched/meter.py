@@ -65,6 +65,11 @@ class Meter:
         self._ranks = 1
         self._rank_weights: list[float] | None = None
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds a part of the parameters alone."""
+        return self._rank_weights is not None
+
     def learn_ranks(self, parameters: Sequence[Tensor]) -> None:
         """Find out which processes train together, and which of them holds what."""
         self._ranks, self._rank_weights = distributed.ranks(), distributed.rank_weights(parameters)
@@ -239,6 +244,23 @@ class Meter:
             last_grad = None if last_grad is None else distributed.merged(last_grad)
         records, last_grad = (None if x is None else x.clone() for x in (records, last_grad))  # a view saves its base
         return MeterState(records, float(average), last_grad, tuple(map(float, self._losses)), self.loss_was_reported)
+
+    def check(self, state: MeterState) -> None:
+        """Refuse a state that `state` cannot have given.
+
+        Raises:
+            ValueError: naming the part.
+        """
+        for name, shape in (("records", (self.interval, COLUMNS)), ("last_grad", None)):
+            tensor: Tensor | None = getattr(state, name)
+            if tensor is None:
+                continue
+            fits = tensor.ndim == 1 if shape is None else tensor.shape == shape
+            if not fits or tensor.dtype != torch.float32 or tensor.layout is not torch.strided:
+                raise ValueError(
+                    f"state_dict: meter.{name} must be a float32 tensor of shape {shape or '(numbers,)'}, got "
+                    f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
 
     def load(self, state: MeterState, device: torch.device) -> None:
         """Go on from a state that `state` gave."""

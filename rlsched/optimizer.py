@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from rlsched.checkpoint import STATE_KEY, is_asked_by_helpers, parted, with_state
+from rlsched import handover
+from rlsched.checkpoint import STATE_KEY
 from rlsched.controller import Controller
 from rlsched.frozen import FrozenSchedule
 from rlsched.options import shows_options
@@ -139,7 +140,7 @@ class ScheduledOptimizer(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         groups = self.optimizer.param_groups
-        if is_asked_by_helpers("_unflatten_optim_state_dict"):  # which reads what there is to load
+        if handover.is_asked_by_helpers("_unflatten_optim_state_dict"):  # which reads what there is to load
             return [{**groups[0], STATE_KEY: None}, *groups[1:]]
         return groups
 
@@ -208,34 +209,42 @@ class ScheduledOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state_dict, and the controller's state under "rlsched".
+        """The wrapped optimizer's state_dict, and under "rlsched" the state of its schedule.
 
-        For the helpers of torch.distributed.checkpoint, which drop that, it is in the first parameter group.
+        A plain optimizer can load it as well: learning rate, momentum and weight decay are the user's own, and a
+        momentum that sums gradients is within a factor of √2 of the one that belongs to them. For the helpers of
+        torch.distributed.checkpoint, which drop what is under "rlsched", that is in the first parameter group, and
+        momentum is as it is.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        state_dict = with_state(self.optimizer.state_dict(), self.controller.state_dict())
+        state_dict = handover.saved(self.controller)
         for after in self._optimizer_state_dict_post_hooks.values():
             changed = after(self, state_dict)
             state_dict = state_dict if changed is None else changed
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the run that gave `state_dict` was; see `Controller.load_state_dict` for the errors."""
+        """Go on where the run that gave `state_dict` was.
+
+        With that of a plain optimizer a schedule begins, from its learning rate and momentum, with a warning. A base
+        value that was changed in a parameter group of `state_dict` holds from then on.
+
+        Raises:
+            ValueError: as of `Controller.load_state_dict`. The optimizer and its schedule are then as they were.
+        """
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        rest, state = parted(state_dict)
-        if not state:
-            raise ValueError(
-                f"state_dict has no {STATE_KEY!r}, so it is not of a ScheduledOptimizer; "
-                "a plain optimizer's is for the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
-            )
-        self.controller.load_state_dict(state)
-        self.optimizer.load_state_dict(rest)
+        handover.load(self.controller, state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def detach(self) -> Optimizer:
+        """End the schedule, and return the wrapped optimizer, to go on without it; see `Controller.detach`."""
+        self.controller.give_back()
+        return self.optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "controller": self.controller, "defaults": self.defaults}
@@ -255,7 +264,8 @@ def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
     Returns:
         The controller. Its `observe(loss)` reports losses, unless they come with `optimizer.step(loss=loss)` or a
         closure; its `state_dict` has to be saved beside the optimizer's (`torch.distributed.checkpoint` takes the
-        controller itself); `detach()` takes the hooks off. Hooks are lost when torch copies or pickles an optimizer.
+        controller itself); `detach()` ends it. Hooks are lost when torch copies or pickles an optimizer. In the
+        optimizer's `state_dict` learning rate, momentum and weight decay are the user's own.
     """
     if isinstance(optimizer, ScheduledOptimizer):
         raise ValueError("optimizer is a ScheduledOptimizer already")
@@ -281,9 +291,14 @@ def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
     def after_step(*_: Any) -> None:
         controller.finish_step()
 
+    def with_own_values(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"] = controller.groups.given(state_dict["param_groups"])
+
     # Left to a fused optimizer, GradScaler would pass on scaled gradients, and steps that are to be skipped.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     controller._handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+    if hasattr(optimizer, "_optimizer_state_dict_post_hooks"):  # which some do not have that wrap others
+        controller._handles.append(optimizer.register_state_dict_post_hook(with_own_values))
     return controller
 
 

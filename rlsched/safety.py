@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +81,20 @@ class Snapshot(NamedTuple):
                 _restore(optimizer.state[p], self.optimizer_state[p])
             else:
                 del optimizer.state[p]
+
+    def packed(self) -> dict[str, Any]:
+        """The same by the order of the parameters, for a checkpoint."""
+        states = [self.optimizer_state.get(p) for p, _ in self.weights]
+        weights = [weights for _, weights in self.weights]
+        norm = float(self.average_norm)
+        return {**self._asdict(), "weights": weights, "optimizer_state": states, "average_norm": norm}
+
+    @classmethod
+    def unpacked(cls, plain: Mapping[str, Any], parameters: Sequence[Tensor]) -> Snapshot:
+        """What gave `plain`, of these parameters."""
+        weights = list(zip(parameters, plain["weights"], strict=True))
+        states = zip(parameters, plain["optimizer_state"], strict=True)
+        return cls(**{**plain, "weights": weights, "optimizer_state": {p: s for p, s in states if s is not None}})
 
 
 class Guard:
@@ -272,6 +287,10 @@ class Guard:
         )
         then = self.snapshot.schedule
         return state._replace(history=then.history, memory=then.memory)
+
+    def may_go_back(self, state: ScheduleState) -> bool:
+        """Whether the run may have to go back before there is another snapshot."""
+        return bool(state.probing) or (self.keeps_snapshots and not self.is_well(0.0))
 
 
 def _restore(state: dict[str, Any], saved: dict[str, Any]) -> None:
