@@ -70,7 +70,7 @@ def unpacked(
     if not isinstance(there, dict):
         raise ValueError("state_dict was saved by another version of rlsched, which this one does not read")
     for name, value in identity.items():
-        if there.get(name) != value:
+        if type(there.get(name)) is not type(value) or there[name] != value:
             raise ValueError(f"state_dict is of a run with {name}={there.get(name)!r}, this one has {value!r}")
     snapshot = plain.pop("snapshot", None)
     saved: Saved = _read(Saved, {**plain, "snapshot": None}, "")
@@ -113,13 +113,14 @@ def _is_safe(value: Any) -> bool:
 
 # --- What can be ----------------------------------------------------------------------------------------------------
 #
-# A state is read by the types of its parts. A number is finite, unless it is one that may not be known.
+# A state is read by the types of its parts. A number is finite, unless it is one that may not be known; and an int, if
+# its range is one of ints.
 
-MOST = 2.0**62  # steps, and whatever else is counted
-COUNTED = (0, MOST)
+LARGEST = sys.float_info.max
+COUNTED = (0, 2**62)
 RANGES = {
     "schedule.step": COUNTED,
-    "schedule.lr_offset": (-MOST, 0.0),
+    "schedule.lr_offset": (-math.inf, 0.0),
     "schedule.probing": (0, 1),
     "schedule.window_start": COUNTED,
     "schedule.window_end": COUNTED,
@@ -127,7 +128,7 @@ RANGES = {
     "average_norm": (0.0, math.inf),
     "guard.nonfinite": COUNTED,
     "guard.ceiling": (LR.low, LR.high),
-    "guard.restored_at": (-1, MOST),
+    "guard.restored_at": (-1, 2**62),
     "guard.interventions.step": COUNTED,
     "windows.start": COUNTED,
     "skipped": COUNTED,
@@ -176,13 +177,14 @@ def _read(kind: Any, value: Any, name: str) -> Any:
 
 
 def _read_number(kind: Any, value: Any, name: str) -> Any:
-    allowed = (int,) if kind is int else (int, float)
-    _demand(type(value) in allowed, name, "a number" if len(allowed) > 1 else "an int", value)
     general = _general(name)
     low, high = RANGES.get(general, (-math.inf, math.inf))
-    is_known = abs(value) < math.inf and low <= value <= high
+    if kind is int or isinstance(low, int):
+        _demand(type(value) is int, name, "an int", value)
+    _demand(type(value) in (int, float), name, "a number", value)
     may_be_unknown = value != value and MAY_BE_UNKNOWN.fullmatch(general)
-    _demand(is_known or may_be_unknown or general == ANY_LOSS, name, f"finite and in [{low:g}, {high:g}]", value)
+    is_allowed = (low <= value <= high and abs(value) <= LARGEST) or may_be_unknown or general == ANY_LOSS
+    _demand(is_allowed, name, "finite" + f" and in [{low:g}, {high:g}]" * (general in RANGES), value)
     return value
 
 
@@ -224,6 +226,13 @@ def _check(saved: Saved, memory: Any, identity: Mapping[str, Any]) -> None:
     rising = all(map(int.__lt__, starts, starts[1:]))
     _demand(starts[:1] == [0] and rising, "windows", "in their order from the first step on", starts)
     _demand(starts[-1] <= now.step, "windows", f"of steps up to {now.step}", starts[-1])
+    for i, window in enumerate(windows):
+        for name, control in CONTROLS.items():
+            origin = now.base[name]
+            low, high = min(control.low - origin, 0.0), max(control.high - origin, 0.0)
+            low = -math.inf if name == LR.name else low - 1e-6  # which an offset may take lower
+            what, value = f"in [{low:g}, {high:g}]", window.moved[name]
+            _demand(low <= value <= high + 1e-6, f"windows[{i}].moved.{name}", what, value)
 
 
 def _check_controls(state: ScheduleState, base: Mapping[str, float], where: str, memory: Any) -> None:
@@ -233,15 +242,22 @@ def _check_controls(state: ScheduleState, base: Mapping[str, float], where: str,
         _demand(math.isclose(origin, expected), f"{where}.base.{name}", f"{expected!r}, the base value's", origin)
         low, high = min(control.low, origin), max(control.high, origin)
         _demand(low <= value <= high, f"{where}.control.{name}", f"in [{low:g}, {high:g}]", value)
-    if memory is None:
-        _demand(state.memory is None, f"{where}.memory", "None, as the policy has no memory", state.memory)
-        return
-    is_alike = isinstance(state.memory, Tensor) and (state.memory.shape, state.memory.dtype) == (
-        memory.shape,
-        memory.dtype,
+    _demand(
+        _is_like(memory, state.memory), f"{where}.memory", "finite, and like what the policy begins with", state.memory
     )
-    what = f"a finite tensor of shape {tuple(memory.shape)} {memory.dtype}"
-    _demand(is_alike and state.memory.isfinite().all(), f"{where}.memory", what, state.memory)
+
+
+def _is_like(begun: Any, value: Any) -> bool:
+    """Whether this can be what a policy remembers that began with something; of None nothing is known."""
+    if isinstance(begun, Tensor) and isinstance(value, Tensor):
+        return value.shape == begun.shape and value.dtype == begun.dtype and bool(value.isfinite().all())
+    if isinstance(begun, dict) and isinstance(value, dict):
+        return begun.keys() == value.keys() and all(_is_like(begun[key], value[key]) for key in begun)
+    if isinstance(begun, list | tuple) and type(begun) is type(value):
+        return len(begun) == len(value) and all(map(_is_like, begun, value))
+    if isinstance(begun, int | float):
+        return type(value) in (int, float) and abs(value) <= LARGEST
+    return begun is None or type(begun) is type(value)
 
 
 def _read_snapshot(plain: Any, saved: Saved, parameters: Sequence[Tensor], memory: Any) -> Snapshot:

@@ -202,14 +202,22 @@ class ParameterGroups:
             for name in self.driven:
                 if math.isnan(base[name]):  # the group has nothing of the kind
                     continue
+                control = CONTROLS[name]
                 try:
-                    base[name] = CONTROLS[name].base(_without_dimensions({**group, "initial_lr": group[LR.name]}))
-                    valid = CONTROLS[name].is_valid(base[name])
+                    there = control.base(_without_dimensions({**group, "initial_lr": group[LR.name]}))
+                    valid = control.is_valid(there)
                 except (LookupError, TypeError):
                     valid = False
                 if not valid:
-                    allowed = CONTROLS[name].allowed
-                    raise ValueError(f"state_dict: {name} of parameter group {i} must be {allowed}, got {dict(group)}")
+                    raise ValueError(
+                        f"state_dict: {name} of parameter group {i} must be {control.allowed}, got {dict(group)}"
+                    )
+                if not math.isclose(control.origin(there), control.origin(base[name])):
+                    raise ValueError(
+                        f"state_dict: {name} of parameter group {i} was changed from {base[name]:g} to {there:g}, "
+                        "which is not possible in the midst of a schedule"
+                    )
+                base[name] = there
         return edited
 
     def _as_given(self, base: Mapping[str, float], group: Mapping[str, Any]) -> dict[str, Any]:

@@ -227,8 +227,8 @@ class ScheduledOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the run that gave `state_dict` was.
 
-        With that of a plain optimizer a schedule begins, from its learning rate and momentum, with a warning. A base
-        value that was changed in a parameter group of `state_dict` holds from then on.
+        With that of a plain optimizer a schedule begins, from its learning rate and momentum, with a warning. A
+        learning rate or weight decay that was changed in the groups of `state_dict` holds from then on.
 
         Raises:
             ValueError: as of `Controller.load_state_dict`. The optimizer and its schedule are then as they were.

@@ -187,10 +187,12 @@ def test_state_without_a_schedule_is_none_of_a_controller():
 def test_base_values_that_were_changed_in_a_checkpoint_hold():
     """Who goes on at half the learning rate changes it in the state; it would have no effect."""
 
-    def run(change):
+    still = SchedulePolicy.zero()
+
+    def run(change, policy=still):
         model = network()
         inner = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=0.01)
-        optimizer = ScheduledOptimizer(inner, total_steps=40, policy=SchedulePolicy.zero())
+        optimizer = ScheduledOptimizer(inner, total_steps=40, policy=policy)
         train(model, optimizer, range(10))
         state = copy.deepcopy(optimizer.state_dict())
         state["param_groups"][0].update(change)
@@ -207,6 +209,8 @@ def test_base_values_that_were_changed_in_a_checkpoint_hold():
     ):
         with pytest.raises(ValueError, match=message):
             run(change)
+    with pytest.raises(ValueError, match=r"momentum of parameter group 0 was changed from 0\.9 to 0\.8"):
+        run({"momentum": 0.8}, lively_policy())
 
 
 # --- From one schedule to the next ----------------------------------------------------------------------------------
