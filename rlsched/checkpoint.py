@@ -51,14 +51,14 @@ def packed(saved: Saved, identity: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def unpacked(
-    state_dict: Mapping[str, Any], identity: Mapping[str, Any], parameters: Sequence[Tensor], memory: Any = None
+    state_dict: Mapping[str, Any], identity: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], memory: Any = None
 ) -> Saved:
     """What `packed` was given.
 
     Args:
         state_dict: has the bytes.
         identity: what the state has to be of.
-        parameters: which a snapshot is of.
+        groups: parameter groups of the optimizer that goes on.
         memory: a memory of the policy that has to go on.
 
     Raises:
@@ -75,8 +75,10 @@ def unpacked(
     snapshot = plain.pop("snapshot", None)
     saved: Saved = _read(Saved, {**plain, "snapshot": None}, "")
     _check(saved, memory, identity)
+    _demand(len(saved.bases) <= len(groups), "bases", f"those of {len(groups)} parameter groups", saved.bases)
     if snapshot is None:
         return saved
+    parameters = [p for group in groups for p in group["params"]]
     return saved._replace(snapshot=_read_snapshot(snapshot, saved, parameters, memory))
 
 

@@ -252,7 +252,10 @@ class Controller:
             ValueError: the state is of a run with another policy, other controls, total_steps or decisions, of another
                 rlsched, of no controller at all, or something in it cannot be.
         """
-        self.go_on(self.unpacked(state_dict))
+        saved = self.unpacked(state_dict)
+        if any(saved.exponents):
+            raise ValueError("state_dict goes with that of the optimizer beside it: ScheduledOptimizer loads them both")
+        self.go_on(saved)
 
     def saved_snapshot(self) -> Snapshot | None:
         """The snapshot, if it belongs to the state."""
@@ -265,11 +268,8 @@ class Controller:
 
     def unpacked(self, state_dict: Mapping[str, Any]) -> Saved:
         """What is in a state; see `load_state_dict` for the errors."""
-        saved = unpacked(state_dict, self._identity(), self._parameters(), self.policy.begin())
+        saved = unpacked(state_dict, self._identity(), self.optimizer.param_groups, self.policy.begin())
         self.meter.check(saved.meter)
-        there, here = len(saved.bases), len(self.optimizer.param_groups)
-        if there > here:
-            raise ValueError(f"state_dict is of an optimizer with {there} parameter groups, this one has {here}")
         return saved
 
     def go_on(self, saved: Saved) -> None:

@@ -115,6 +115,9 @@ def test_scaled_sum_of_gradients_is_unscaled_to_the_last_bit(momentum, dtype):
         again.load_state_dict(state[0])
         other.load_state_dict(state[1])
         assert buffers(other).equal(buffers(optimizer))
+    if not scaled.equal(buffers(optimizer)):
+        with pytest.raises(ValueError, match="goes with that of the optimizer beside it"):
+            other.controller.load_state_dict(state[1])
     run(model, optimizer, range(31, 60))
     run(again, other, range(31, 60))
     assert_same_weights(again, model)
