@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from rlsched.number import Number, clamp, exp, log, where
@@ -109,7 +110,8 @@ class _LearningRate(_Factor):
 
     def write(self, group: dict[str, Any], value: float) -> None:
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(value)
+            # Anew, since others may have it too: another optimizer, LBFGS's state.
+            group["lr"] = group["lr"].clone().fill_(value)
         else:
             super().write(group, value)
 
@@ -118,7 +120,8 @@ class _Momentum(Control):
     """Moves momentum without a change of the size of updates: lr · `growth` stays what it is."""
 
     def base(self, group: Mapping[str, Any]) -> Number:
-        return _plain(group["betas"][0] if group.get("betas") else group.get("momentum", math.nan))
+        value = group["betas"][0] if group.get("betas") else group.get("momentum")
+        return math.nan if value is None else _plain(value)
 
     def origin(self, base: Number) -> Number:
         return where(self.can_move(base), -log(1 - base) / math.log(10), 0.0)
@@ -139,7 +142,8 @@ class _Momentum(Control):
 
     def write(self, group: dict[str, Any], value: float) -> None:
         if group.get("betas"):
-            group["betas"] = (value, *group["betas"][1:])
+            beta, *others = group["betas"]
+            group["betas"] = (torch.full_like(beta, value) if isinstance(beta, Tensor) else value, *others)
         else:
             super().write(group, value)
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from rlsched import distributed, schedule
-from rlsched.checkpoint import Saved, packed, unpacked
 from rlsched.control import CONTROLS, LR
 from rlsched.frozen import FrozenSchedule
 from rlsched.hyperparameters import ParameterGroups
@@ -36,6 +33,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from rlsched.options import Options
+
+
+ATTACHED = "_rlsched_is_attached"  # attribute of an optimizer
+
+
+def refuse_attached(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that a controller drives already."""
+    if ATTACHED in vars(optimizer):
+        raise ValueError("optimizer is driven by rlsched.attach already: call detach() of its controller first")
 
 
 class Controller(TrainingRun):
@@ -65,15 +71,28 @@ class Controller(TrainingRun):
         self.optimizer = optimizer
         self.policy = given.loaded_policy()
         self.log = RunLog(given.log_dir, given.writer)
+        self._warned: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self.begin(given.total_steps)
+
+    def begin(self, total_steps: int | None) -> None:
+        """A run that is yet to start, of the optimizer as it is."""
+        given, optimizer = self.options, self.optimizer
         self.groups = ParameterGroups(optimizer, lr_bounds=given.lr_bounds, follow_scheduler=given.follow_scheduler)
         traits, base = self.groups.traits, self.groups.bases[0]
+        if not given.shadow and not any(base[LR.name] for base in self.groups.bases):
+            raise ValueError("optimizer: the learning rate is 0 in every parameter group, so there is none to schedule")
         trust = given.trust or (OWN_SCALE_TRUST if traits.own_scale else math.inf)
         adaptive, sums = 1 if traits.adaptive else -1, int(traits.sums_gradients)
-        self.length = Length(given.total_steps, given.decisions, self.policy.base_schedule)
+        self.length = Length(total_steps, given.decisions, self.policy.base_schedule)
         self.run = self.length.measured(Run(0, 0, adaptive, sums, math.log(trust)), 0)
         chosen = set(self.policy.controls) & set(given.controls)
         self._moving = tuple(n for n, control in CONTROLS.items() if n in chosen and control.can_move(base[n]))
         self._written = () if given.shadow else self._moving
+        if not given.shadow:
+            own = {LR.name} if given.follow_scheduler else set()  # which a scheduler sets then
+            self.groups.driven = frozenset({*self._moving, LR.name}) - own
         self.meter = Meter(
             self.run.interval,
             has_momentum=base["momentum"] > 0,
@@ -96,9 +115,7 @@ class Controller(TrainingRun):
         self.kept = KeptWeights(optimizer, keep_best=given.keep_best, averaging=given.averaging)
         self.skipped = 0
         self.proposal: dict[str, float] = {}
-        self._warned: set[str] = set()
-        self._handles: list[RemovableHandle] = []
-        self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._has_resumed = False  # and no step has begun since
         self._hold()
         self.windows = []
         self._note_window()
@@ -146,6 +163,9 @@ class Controller(TrainingRun):
         state, restored_at = self.state, self.guard.state.restored_at
         if state.step == 0 and (state.probing or self.guard.keeps_snapshots):
             self.guard.take_snapshot(state)
+        elif self._has_resumed and not state.probing and self.guard.snapshot is None:
+            self.guard.consider_snapshot(self.run, state, whole_loss)
+        self._has_resumed = False
         if not self.options.shadow:
             self._set_hyperparameters()
         if state.step == restored_at:  # the gradients are of weights that are no more
@@ -247,55 +267,6 @@ class Controller(TrainingRun):
                 "or let the policy modulate it by follow_scheduler=True",
             )
 
-    # --- State ------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, as bytes. Of a sharded model all ranks have to call this."""
-        parts = self.state, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
-        kept = self.kept.state()
-        return packed(Saved(*parts, self.total_steps, self.validation, kept), self._identity())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the run that gave `state_dict` was.
-
-        Snapshots are not in the state: the next one is taken at a decision that finds the run well, and a probe that
-        has gone too far just before is not undone.
-
-        A state of a run of another length is extended to the `total_steps` of this one (see `extend`), or goes on to
-        its own if this one has none.
-
-        Raises:
-            ValueError: the state is of a run with another policy, other controls or decisions, that has done more than
-                `total_steps`, of another rlsched, or of no controller at all.
-        """
-        saved, asked = unpacked(state_dict, self._identity()), self.total_steps
-        done = int(saved.schedule.step)
-        if asked is not None and asked != saved.total_steps and asked < done:
-            raise ValueError(f"state_dict is of a run that has done {done} steps, this one has total_steps={asked}")
-        self.kept.load(saved.kept)
-        self.state, measured, self.guard.state, bases, self.windows, self.skipped, total, self.validation, _ = saved
-        base, last = self.policy.base_schedule, self.windows[-1]
-        base = base if total is None else replace(base, knots=last.knots)
-        self.length = self.length._replace(total_steps=total, schedule=base)
-        self.run = self.length.measured(self.run, last.start)
-        self.meter.interval = self.run.interval
-        self.guard.snapshot = None
-        self.meter.load(measured, self._parameters()[0].device)
-        self.groups.load(bases)
-        if asked is not None:
-            self._end_at(asked)
-        self._hold()
-
-    def _identity(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on where the other was."""
-        decisions, policy = self.length.decisions, self.policy.digest
-        return {"decisions": decisions, "policy": policy, "controls": list(self._moving)}
-
-    def __getstate__(self) -> dict[str, Any]:
-        guard = copy.copy(self.guard)
-        guard.snapshot = None
-        return {**self.__dict__, "_handles": [], "guard": guard}
-
     # --- After the run ----------------------------------------------------------------------------------------------
 
     def freeze(self) -> FrozenSchedule:
@@ -321,13 +292,25 @@ class Controller(TrainingRun):
         return FrozenSchedule.of(self.windows, self.groups.bases, self.policy.base_schedule)
 
     def detach(self) -> None:
-        """Undo `attach`: take the hooks off the optimizer, and leave its hyperparameters where they are."""
-        self.meter.detach()
+        """Undo `attach`: take the hooks off the optimizer, and give it back to whoever goes on without a schedule.
+
+        Learning rate, momentum and weight decay are the user's own again, but for a learning rate that follows a
+        scheduler, which stays where that has it; and a momentum that sums gradients is rescaled to theirs.
+        """
+        if self._handles:
+            self.give_back()
         for handle in self._handles:
             handle.remove()
         if self._handles and self._scales_by_itself:
             self.optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        vars(self.optimizer).pop(ATTACHED, None)
         self._handles = []
+
+    def give_back(self) -> None:
+        """End the schedule of an optimizer, as `detach` does; to step on under it is an error from then on."""
+        self.meter.detach()
+        if not self.options.shadow:
+            self.groups.give_back()
 
     def __repr__(self) -> str:
         now = ", ".join(f"{name}={value:.4g}" for name, value in self.proposal.items())
@@ -340,9 +323,6 @@ class Controller(TrainingRun):
             f"Controller(step {self.step_count} of {steps}, {mode}{len(self.windows) - 1} decisions"
             f"{': ' + now if now else ''}, {len(self.interventions)} interventions, {self.policy!r})"
         )
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:

@@ -64,14 +64,18 @@ def rank_weights(parameters: Sequence[Tensor]) -> list[float] | None:
     """The weight of what this rank holds of each parameter, in sums over all ranks; None if no parameter is sharded.
 
     Raises:
-        ValueError: the parameters are those of FSDP1, which are shards and do not say of what.
+        ValueError: the parameters are those of FSDP1, which are shards and do not say of what; or complex shards.
     """
     if any(hasattr(p, "_is_flat_param") or hasattr(p, "_fsdp_flattened") for p in parameters):
         raise ValueError(
             "optimizer: the parameters of a FullyShardedDataParallel are not supported; shard the model with "
             "torch.distributed.fsdp.fully_shard"
         )
-    return [1 / _copies(p) for p in parameters] if any(map(is_sharded, parameters)) else None
+    if not any(map(is_sharded, parameters)):
+        return None
+    if any(is_sharded(p) and p.is_complex() for p in parameters):
+        raise ValueError("optimizer: complex parameters that fully_shard has sharded are not supported")
+    return [1 / _copies(p) for p in parameters]
 
 
 def _copies(parameter: Any) -> float:

@@ -12,25 +12,27 @@ from torch.optim import Optimizer
 
 from rlsched import distributed, schedule
 from rlsched.control import CONTROLS, LR, base_values, growth
-from rlsched.meter import on_host
-from rlsched.number import Number, clamp
+from rlsched.number import Number, clamp, on_host
 from rlsched.schedule import ScheduleState
 from rlsched.signals import Run
 from rlsched.traits import traits_of
 
-BUFFERS = ("exp_avg", "momentum_buffer")  # where torch's optimizers keep their momentum
+SUM = "momentum_buffer"  # where torch's optimizers keep their sum of gradients
+BUFFERS = ("exp_avg", SUM)  # where they keep their momentum
+DRIVER = "_rlsched_groups"  # attribute of an optimizer: whose hyperparameters its groups hold
 
 
 class ParameterGroups:
     """The groups of an optimizer under a schedule. Each group keeps its distance to the first one.
 
     Args:
-        optimizer: its present hyperparameters are the base values.
+        optimizer: its present hyperparameters are the base values. If another schedule drives it, that gives it back
+            first.
         lr_bounds: lowest and highest learning rate.
         follow_scheduler: whether a torch scheduler's learning rates take the place of the base schedule.
 
     Raises:
-        ValueError: a group has no learning rate.
+        ValueError: a group has no learning rate, or a momentum of 1 or more.
     """
 
     def __init__(self, optimizer: Optimizer, *, lr_bounds: tuple[float, float], follow_scheduler: bool) -> None:
@@ -39,19 +41,30 @@ class ParameterGroups:
                 f"optimizer: {type(optimizer).__name__} has parameter groups without 'lr', so there is no learning "
                 "rate to schedule"
             )
+        if DRIVER in vars(optimizer):
+            vars(optimizer)[DRIVER].give_back()
         self.optimizer = optimizer
         self.lr_bounds = lr_bounds
         self.follow_scheduler = follow_scheduler
         self.traits = traits_of(optimizer)
         self.bases: list[dict[str, float]] = []  # of each group, by control
         self.decided: list[dict[str, float]] = []  # the same, as decided; of the lr the factor on the base schedule
+        self.driven: frozenset[str] = frozenset()  # hyperparameters that the schedule sets, and nobody else
         self._lrs: list[Any] = []  # of each group: as it was set last, or as a scheduler that is followed wants it
+        self._is_over = False
         self.adopt()
 
     def adopt(self) -> bool:
         """Take over the groups that are new, and say whether there were any."""
         new = self.optimizer.param_groups[len(self.bases) :]
-        self.bases += [base_values(group) for group in new]
+        bases = [base_values(_without_dimensions(group)) for group in new]
+        for i, base in enumerate(bases, len(self.bases)):
+            if base["momentum"] >= 1:
+                raise ValueError(
+                    f"optimizer: parameter group {i} has a momentum of {base['momentum']:g}; it must be "
+                    "below 1 for gradients to have an average"
+                )
+        self.bases += bases
         return bool(new)
 
     def decide(self, run: Run, state: ScheduleState) -> None:
@@ -93,11 +106,17 @@ class ParameterGroups:
 
         Returns:
             Whether somebody else has changed a learning rate in vain.
+
+        Raises:
+            RuntimeError: the optimizer was given back.
         """
+        if self._is_over:
+            raise RuntimeError("this schedule has given its optimizer back, or another one drives it now")
+        setattr(self.optimizer, DRIVER, self)
         groups = self.optimizer.param_groups
         overridden = not self.follow_scheduler and self._has_changed(usual_decay)
         if self.follow_scheduler:
-            self._lrs = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
+            self._lrs = [g["lr"].clone().reshape(()) if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
         for i, (group, values) in enumerate(zip(groups, self.decided, strict=True)):
             lr = self._lrs[i] if self.follow_scheduler else self.bases[i][LR.name] * decay
             LR.write(group, self._bounded(lr * values[LR.name]))
@@ -117,7 +136,7 @@ class ParameterGroups:
     def states_in_use(self, state: ScheduleState, decay: float) -> dict[str, float]:
         """The control states that the hyperparameters in use amount to, in the first group, beside a schedule."""
         group, base, sums = self.optimizer.param_groups[0], self.bases[0], self.traits.sums_gradients
-        used = base_values(group)
+        used = base_values(_without_dimensions(group))
         movable = [name for name, control in CONTROLS.items() if control.can_move(base[name])]
         states = {**state.base, **{name: CONTROLS[name].state(base[name], used[name]) for name in movable}}
         lr = float(group["lr"])
@@ -132,10 +151,7 @@ class ParameterGroups:
         for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
             if base["momentum"] > 0:
                 one, other = (schedule.hyperparameters(run, s, base)["momentum"] for s in (old, new))
-                states = (self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state)
-                buffers = [s["momentum_buffer"] for s in states if s.get("momentum_buffer") is not None]
-                if buffers:
-                    torch._foreach_mul_([distributed.local(b) for b in buffers], growth(other, 1) / growth(one, 1))
+                self._scale_buffers(group, growth(other, 1) / growth(one, 1))
 
     def momentum_buffers(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """Where the optimizer keeps the momentum of each parameter."""
@@ -151,9 +167,88 @@ class ParameterGroups:
         known = all(not isinstance(lr, Tensor) or on_host(lr) for lr in lrs)
         return known and not any(lrs) and bool(grads) and not any(grad.any() for grad in grads)
 
+    # --- What the user gave -----------------------------------------------------------------------------------------
+
+    def give_back(self) -> None:
+        """End the schedule: the groups hold what the user gave again, and momentum buffers what belongs to that."""
+        for i, (base, group) in enumerate(zip(self.bases, self.optimizer.param_groups, strict=False)):
+            group.update(self._as_given(base, group))
+            self._scale_buffers(group, self.growth_of_buffers(i))
+        self.let_go()
+
+    def let_go(self) -> None:
+        """End the schedule, and leave the groups as they are."""
+        self._is_over = True
+        vars(self.optimizer).pop(DRIVER, None)
+
+    def given(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Groups of the optimizer's state_dict, with what the user gave in place of what was decided."""
+        live = self.optimizer.param_groups
+        bases = [next((b for b, mine in zip(self.bases, live, strict=False) if mine is each), None) for each in live]
+        return [
+            dict(group) if base is None else self._as_given(base, group)
+            for base, group in zip(bases, groups, strict=True)
+        ]
+
+    def growth_of_buffers(self, i: int) -> float:
+        """How many times what the momentum buffers of group i hold they would hold at its base momentum."""
+        base, now = self.bases[i]["momentum"], self.decided[i]["momentum"]
+        driven = "momentum" in self.driven and self.traits.sums_gradients
+        return growth(base, 1) / growth(now, 1) if driven and base > 0 else 1.0
+
     def load(self, bases: list[dict[str, float]]) -> None:
         """Take over the base values of a run that goes on."""
         self.bases, self._lrs = [dict(base) for base in bases], []
+
+    def edited(
+        self, bases: Sequence[Mapping[str, float]], groups: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, float]]:
+        """Base values of a run, as they are in the groups of a state_dict: somebody may have changed them there.
+
+        Args:
+            bases: the values that the run had.
+            groups: with what the user gave, as `given` has them.
+
+        Raises:
+            ValueError: a value is not what it can be.
+        """
+        edited = [dict(base) for base in bases]
+        for i, (base, group) in enumerate(zip(edited, groups, strict=False)):
+            for name in self.driven:
+                if math.isnan(base[name]):  # the group has nothing of the kind
+                    continue
+                control = CONTROLS[name]
+                try:
+                    there = control.base(_without_dimensions({**group, "initial_lr": group[LR.name]}))
+                    valid = control.is_valid(there)
+                except (LookupError, TypeError):
+                    valid = False
+                if not valid:
+                    raise ValueError(
+                        f"state_dict: {name} of parameter group {i} must be {control.allowed}, got {dict(group)}"
+                    )
+                if not math.isclose(control.origin(there), control.origin(base[name])):
+                    raise ValueError(
+                        f"state_dict: {name} of parameter group {i} was changed from {base[name]:g} to {there:g}, "
+                        "which is not possible in the midst of a schedule"
+                    )
+                base[name] = there
+        return edited
+
+    def _as_given(self, base: Mapping[str, float], group: Mapping[str, Any]) -> dict[str, Any]:
+        given = dict(group)
+        for name in self.driven:
+            CONTROLS[name].write(given, base[name])
+        if LR.name in self.driven and "initial_lr" in given:
+            lr = given[LR.name]
+            given["initial_lr"] = lr.clone() if isinstance(lr, Tensor) else lr
+        return given
+
+    def _scale_buffers(self, group: Mapping[str, Any], factor: float) -> None:
+        states = (self.optimizer.state[p] for p in group["params"] if p in self.optimizer.state)
+        buffers = [distributed.local(s[SUM]) for s in states if s.get(SUM) is not None]
+        if buffers and factor != 1:
+            torch._foreach_mul_(buffers, factor)
 
     def _has_changed(self, decay: float) -> bool:
         """Whether a learning rate is neither what it was set to, nor what a resumed run finds."""
@@ -163,3 +258,14 @@ class ParameterGroups:
             if not isinstance(lr, Tensor) and lr != ours and not any(math.isclose(lr, x) for x in known):
                 return True
         return False
+
+
+def _without_dimensions(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group in which tensors of one number, which torch takes for hyperparameters, are 0-d."""
+    plain = dict(group)
+    for name, value in group.items():
+        if isinstance(value, Tensor) and value.numel() == 1:
+            plain[name] = value.reshape(())
+        elif name == "betas" and isinstance(value, Sequence):
+            plain[name] = tuple(beta.reshape(()) if isinstance(beta, Tensor) else beta for beta in value)
+    return plain

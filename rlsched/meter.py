@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from rlsched import distributed, moments
 from rlsched.accumulation import BackwardPasses
+from rlsched.gradients import is_dense, leave_out_unless, summed_up, total_norm
 from rlsched.moments import Moments
-from rlsched.number import Number, checked_loss
+from rlsched.number import Number, checked_loss, on_host
 from rlsched.parameter_sample import (
     CLIP_COEFFICIENT,
     COLUMNS,
@@ -20,6 +21,7 @@ from rlsched.parameter_sample import (
     LOSS,
     PRODUCTS_OF_ROWS,
     ParameterSample,
+    as_real,
     moments_of,
 )
 from rlsched.schedule import ScheduleState
@@ -65,8 +67,14 @@ class Meter:
         self._last_grad: Tensor | None = None  # of a sample that is yet to be made
         self._record: Tensor | None = None  # of the step that is under way
         self._is_measured = False  # whether products of that step are
+        self._all_dense = True  # gradients, and real numbers
         self._ranks = 1
         self._rank_weights: list[float] | None = None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds a part of the parameters alone."""
+        return self._rank_weights is not None
 
     def learn_ranks(self, parameters: Sequence[Tensor]) -> None:
         """Find out which processes train together, and which of them holds what."""
@@ -88,17 +96,14 @@ class Meter:
         self._losses.append(loss.item() if isinstance(loss, Tensor) and on_host(loss) else loss)
 
     def local_grads(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients that there are, of what this rank holds.
-
-        Raises:
-            ValueError: one is sparse.
+        """The gradients that there are, as real numbers that can be changed in place: of what this rank holds, and of a
+        sparse gradient the values that it stores. These may be several parts of a number: to scale them scales it.
         """
         grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
         if self._rank_weights is not None:
             grads = [distributed.local(grad) for grad in grads]
-        if any(grad.is_sparse for grad in grads):
-            raise ValueError("optimizer: sparse gradients are not supported; use Embedding(..., sparse=False)")
-        return grads
+        self._all_dense = all(map(is_dense, grads))
+        return grads if self._all_dense else [as_real(grad._values() if grad.is_sparse else grad) for grad in grads]
 
     def forget_losses(self) -> None:
         """Of a step that does not count."""
@@ -120,7 +125,8 @@ class Meter:
         weights = self._rank_weights
         if weights is not None:
             weights = [weight for weight, p in zip(weights, parameters, strict=True) if p.grad is not None]
-        loss, norm = _mean(losses, device), total_norm(grads, weights)
+        summed = grads if self._all_dense else summed_up(parameters, grads)
+        loss, norm = _mean(losses, device), total_norm(summed, weights)
         if loss is not None and self.parts > 1:
             loss = loss * self.parts
         if self._ranks > 1:
@@ -168,7 +174,7 @@ class Meter:
             finite = abs(loss or 0.0) <= LARGEST and norm <= LARGEST_NORM
             norm_seen, loss = (norm, loss) if finite else (math.nan, None)
         if not self.watches:
-            leave_out_unless(finite, parameters)
+            leave_out_unless(finite, parameters, grads)
         cells[GRAD_NORM] = norm_seen
         if loss is not None:
             cells[LOSS] = loss
@@ -211,10 +217,10 @@ class Meter:
 
     def zero_nonfinite_grads(self, parameters: Sequence[Tensor]) -> None:
         """Zero all gradients unless they are finite: those of an evaluation in the midst of a step."""
-        grads: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        grads = self.local_grads(parameters)
         if grads and self._rank_weights is None:
             norm = total_norm(grads, None)
-            leave_out_unless(norm.isfinite() if isinstance(norm, Tensor) else math.isfinite(norm), parameters)
+            leave_out_unless(norm.isfinite() if isinstance(norm, Tensor) else math.isfinite(norm), parameters, grads)
 
     # --- A window ---------------------------------------------------------------------------------------------------
 
@@ -256,6 +262,31 @@ class Meter:
         records, last_grad = (None if x is None else x.clone() for x in (records, last_grad))  # a view saves its base
         return MeterState(records, float(average), last_grad, tuple(map(float, self._losses)), self.loss_was_reported)
 
+    @staticmethod
+    def check(state: MeterState, window: int) -> None:
+        """Refuse a state that `state` cannot have given in a window of so many inner steps.
+
+        Raises:
+            ValueError: naming the part.
+        """
+        needed = row_of(window - 1, window)
+        assert needed is not None
+        for name, shape in (
+            ("records", f"(rows, {COLUMNS}), with {needed + 1} to {MAX_RECORDS} rows"),
+            ("last_grad", "(numbers,)"),
+        ):
+            tensor: Tensor | None = getattr(state, name)
+            if tensor is None:
+                continue
+            fits = tensor.ndim == 1
+            if name == "records":
+                fits = tensor.ndim == 2 and needed < len(tensor) <= MAX_RECORDS and tensor.shape[1] == COLUMNS
+            if not fits or tensor.dtype != torch.float32 or tensor.layout is not torch.strided:
+                raise ValueError(
+                    f"state_dict: meter.{name} must be a float32 tensor of shape {shape}, got {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}"
+                )
+
     def load(self, state: MeterState, device: torch.device) -> None:
         """Go on from a state that `state` gave."""
         records, last_grad = (None if x is None else x.to(device) for x in (state.records, state.last_grad))
@@ -284,25 +315,6 @@ def row_of(column: int, length: int) -> int | None:
     return None if column % every else column // every
 
 
-def on_host(tensor: Tensor) -> bool:
-    """Whether a number in `tensor` can be read without waiting for an accelerator."""
-    return tensor.device.type == "cpu"
-
-
-def leave_out_unless(finite: Tensor | bool, parameters: Iterable[Tensor]) -> None:
-    """Take the gradients of a step away that is not finite, so that an optimizer leaves the parameters alone.
-
-    A 0-d tensor that tells so is not looked at, as the host would have to wait for it: the gradients are zeroed.
-    """
-    if isinstance(finite, Tensor):
-        for p in parameters:
-            if p.grad is not None:
-                p.grad.masked_fill_(~finite, 0)
-    elif not finite:
-        for p in parameters:
-            p.grad = None
-
-
 def _mean(losses: list[Number], device: torch.device) -> Number | None:
     """Mean over the losses that are finite, NaN if none is; None without any.
 
@@ -314,17 +326,3 @@ def _mean(losses: list[Number], device: torch.device) -> Number | None:
     stacked = torch.stack([x.to(**like) if isinstance(x, Tensor) else torch.full((), x, **like) for x in losses])
     mean = torch.where(stacked.isfinite(), stacked, torch.nan).nanmean()
     return mean.item() if on_host(mean) else mean
-
-
-def total_norm(grads: list[Tensor], rank_weights: list[float] | None) -> Number:
-    """Norm of all gradients, in single precision at least: half precision overflows at 65,504.
-
-    Of gradients that several ranks hold, only this rank's part of their squares counts.
-    """
-    double = any(grad.dtype == torch.float64 for grad in grads)
-    norms = torch._foreach_norm(grads, 2.0, torch.float64 if double else torch.float32)
-    if rank_weights is not None:
-        torch._foreach_mul_(norms, [math.sqrt(weight) for weight in rank_weights])
-    if on_host(grads[0]):
-        return math.hypot(*map(float, norms))
-    return torch.linalg.vector_norm(torch.stack(norms)).float()

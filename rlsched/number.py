@@ -34,6 +34,11 @@ def checked_count(argument: str, value: Any, of: str) -> int:
     return count
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Whether a number in `tensor` can be read without waiting for an accelerator."""
+    return tensor.device.type == "cpu"
+
+
 def log(x: Number) -> Number:
     """Natural logarithm; NaN where x has none, or is infinite."""
     if isinstance(x, Tensor):

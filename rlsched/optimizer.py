@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from rlsched import handover
 from rlsched.checkpoint import STATE_KEY
-from rlsched.controller import Controller
+from rlsched.controller import ATTACHED, Controller, refuse_attached
+from rlsched.once import evaluated_once, loss_of, no_global_hooks
 from rlsched.options import shows_options
 
 if TYPE_CHECKING:
@@ -155,8 +158,8 @@ class ScheduledOptimizer(Optimizer):
           model. With parameters that `fully_shard` (FSDP2) has sharded, all ranks have to call `state_dict`.
 
     Raises:
-        ValueError: an argument is out of its range, the optimizer has no "lr", gradients are sparse, or parameters
-            are those of FSDP1.
+        ValueError: an argument is out of its range, the optimizer has no "lr" or a momentum of 1 or more, or
+            parameters are those of FSDP1.
         DivergenceError: in `step`, with `on_divergence="raise"`.
         FileNotFoundError, PolicyFileError: the policy cannot be loaded.
     """
@@ -167,18 +170,19 @@ class ScheduledOptimizer(Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, ScheduledOptimizer):
             raise ValueError("optimizer is a ScheduledOptimizer already")
+        refuse_attached(optimizer)
         self.optimizer = optimizer
         self.controller = Controller(optimizer, **options)
         # Hook tables and the patched `step` of the base class, but not its parameter groups: those are delegated.
         super().__setstate__({"defaults": optimizer.defaults})
-        # The first group has the controller's state in a state_dict, since torch.distributed.checkpoint drops all that
-        # is not in a group or of a parameter; and it looks into the live group for what to load.
-        optimizer.param_groups[0][STATE_KEY] = None
 
     # Optimizers rebind these in load_state_dict, so a copied reference would go stale.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
+        groups = self.optimizer.param_groups
+        if handover.is_asked_by_helpers("_unflatten_optim_state_dict"):  # which reads what there is to load
+            return [{**groups[0], STATE_KEY: None}, *groups[1:]]
+        return groups
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
@@ -206,14 +210,16 @@ class ScheduledOptimizer(Optimizer):
             The closure's loss, or `loss`.
         """
         if closure is not None:
-            loss = _loss_of(closure)
+            loss = loss_of(closure)
         elif isinstance(self.optimizer, LBFGS):
             raise ValueError("closure: LBFGS evaluates the loss several times in a step, and needs one")
         self.controller.prepare_step(loss)
-        if closure is None:
-            self.optimizer.step()
+        arguments = [] if closure is None else [evaluated_once(closure, loss, self.controller)]
+        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            with no_global_hooks():
+                self.optimizer.step(*arguments)
         else:
-            self.optimizer.step(_evaluated_once(closure, loss, self.controller))
+            self.optimizer.step(*arguments)
         self.controller.finish_step()
         return loss
 
@@ -248,21 +254,42 @@ class ScheduledOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state_dict, with the controller's state in the first parameter group."""
-        state_dict = self.optimizer.state_dict()
-        state_dict["param_groups"][0].update(self.controller.state_dict())
+        """The wrapped optimizer's state_dict, and under "rlsched" the state of its schedule.
+
+        A plain optimizer can load it as well: learning rate, momentum and weight decay are the user's own, and a
+        momentum that sums gradients is within a factor of √2 of the one that belongs to them. For the helpers of
+        torch.distributed.checkpoint, which drop what is under "rlsched", that is in the first parameter group, and
+        momentum is as it is.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict = handover.saved(self.controller)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the run that gave `state_dict` was; see `Controller.load_state_dict` for the errors."""
-        first, *others = state_dict.get("param_groups") or [{}]
-        if not first.get(STATE_KEY):
-            raise ValueError(
-                f"state_dict has no {STATE_KEY!r} in its first parameter group, so it is not of a ScheduledOptimizer; "
-                "a plain optimizer's is for the optimizer inside: scheduled.optimizer.load_state_dict(state_dict)"
-            )
-        self.controller.load_state_dict({STATE_KEY: first[STATE_KEY]})
-        self.optimizer.load_state_dict({**state_dict, "param_groups": [{**first, STATE_KEY: None}, *others]})
+        """Go on where the run that gave `state_dict` was.
+
+        With that of a plain optimizer a schedule begins, from its learning rate and momentum, with a warning. A
+        learning rate or weight decay that was changed in the groups of `state_dict` holds from then on.
+
+        Raises:
+            ValueError: as of `Controller.load_state_dict`. The optimizer and its schedule are then as they were.
+        """
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        handover.load(self.controller, state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def detach(self) -> Optimizer:
+        """End the schedule, and return the wrapped optimizer, to go on without it; see `Controller.detach`."""
+        self.controller.give_back()
+        return self.optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "controller": self.controller, "defaults": self.defaults}
@@ -282,10 +309,12 @@ def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
     Returns:
         The controller. Its `observe(loss)` reports losses, unless they come with `optimizer.step(loss=loss)` or a
         closure; its `state_dict` has to be saved beside the optimizer's (`torch.distributed.checkpoint` takes the
-        controller itself); `detach()` takes the hooks off. Hooks are lost when torch copies or pickles an optimizer.
+        controller itself); `detach()` ends it. Hooks are lost when torch copies or pickles an optimizer. In the
+        optimizer's `state_dict` learning rate, momentum and weight decay are the user's own.
     """
     if isinstance(optimizer, ScheduledOptimizer):
         raise ValueError("optimizer is a ScheduledOptimizer already")
+    refuse_attached(optimizer)
     controller = Controller(optimizer, **options)
 
     def before_step(
@@ -296,47 +325,24 @@ def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
         closure = kwargs.pop("closure", positional[0] if positional else None)
         loss = kwargs.pop("loss", None)
         if closure is not None:
-            loss = _loss_of(closure)
+            loss = loss_of(closure)
         with torch.no_grad():
             controller.prepare_step(loss)
         if closure is not None:  # known of the weights as they are now, rolled back perhaps
-            kwargs["closure"] = _evaluated_once(closure, loss, controller)
+            kwargs["closure"] = evaluated_once(closure, loss, controller)
         return (this,), kwargs
 
     @torch.no_grad()
     def after_step(*_: Any) -> None:
         controller.finish_step()
 
+    def with_own_values(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        state_dict["param_groups"] = controller.groups.given(state_dict["param_groups"])
+
     # Left to a fused optimizer, GradScaler would pass on scaled gradients, and steps that are to be skipped.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    setattr(optimizer, ATTACHED, True)
     controller._handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+    if hasattr(optimizer, "_optimizer_state_dict_post_hooks"):  # which some do not have that wrap others
+        controller._handles.append(optimizer.register_state_dict_post_hook(with_own_values))
     return controller
-
-
-def _loss_of(closure: Callable[[], Any]) -> Any:
-    if not callable(closure):
-        raise TypeError(f"closure must be callable, got {closure!r}; a loss is given by its name: step(loss=loss)")
-    with torch.enable_grad():
-        return closure()
-
-
-def _evaluated_once(closure: Callable[[], Any], loss: Any, controller: Controller) -> Callable[[], Any]:
-    """The closure for an optimizer, where it was evaluated already and gave `loss`.
-
-    Most optimizers evaluate it first of all, which is not needed again. Some (SAM) move the weights before that.
-    """
-    groups = controller.optimizer.param_groups
-
-    def state() -> list[tuple[int, int]]:
-        return [(p._version, id(p.grad)) for group in groups for p in group["params"]]
-
-    known: list[Any] = [state()]
-
-    def evaluate() -> Any:
-        if known and known.pop() == state():
-            return loss
-        value = closure()
-        controller.zero_nonfinite_grads()
-        return value
-
-    return evaluate

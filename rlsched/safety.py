@@ -334,3 +334,7 @@ class Guard:
             ceiling=now.ceiling, interventions=now.interventions, restored_at=state.step, on_trial=True
         )
         return state._replace(history=then.schedule.history, memory=then.schedule.memory)
+
+    def may_go_back(self, state: ScheduleState) -> bool:
+        """Whether the run may have to go back before there is another snapshot."""
+        return bool(state.probing) or (self.keeps_snapshots and not self.is_well())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,9 +48,7 @@ class Snapshot(NamedTuple):
             kind: of `SNAPSHOTS`.
             optimizer_state: take this for the optimizer's state, as an earlier snapshot has it.
         """
-        tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        if model is not None:
-            tensors += model.buffers()
+        tensors = tensors_of(optimizer, model)
         device = "cpu" if kind == HOST else None
         if optimizer_state is None:
             optimizer_state = {p: _copied(state, device) for p, state in optimizer.state.items()}
@@ -65,6 +64,26 @@ class Snapshot(NamedTuple):
                 _restore(optimizer.state[p], self.optimizer_state[p])
             else:
                 del optimizer.state[p]
+
+    def packed(self) -> dict[str, Any]:
+        """The same by the order of its tensors, for a checkpoint."""
+        states = [self.optimizer_state.get(tensor) for tensor, _ in self.tensors]
+        saved = [saved for _, saved in self.tensors]
+        norm = float(self.average_norm)
+        return {**self._asdict(), "tensors": saved, "optimizer_state": states, "average_norm": norm}
+
+    @classmethod
+    def unpacked(cls, plain: Mapping[str, Any], tensors: Sequence[Tensor]) -> Snapshot:
+        """What gave `plain`, of these parameters and buffers."""
+        pairs = list(zip(tensors, plain["tensors"], strict=True))
+        states = zip(tensors, plain["optimizer_state"], strict=True)
+        return cls(**{**plain, "tensors": pairs, "optimizer_state": {t: s for t, s in states if s is not None}})
+
+
+def tensors_of(optimizer: Optimizer, model: Module | None) -> list[Tensor]:
+    """What a snapshot is of: the parameters, and the buffers of the model."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return parameters if model is None else [*parameters, *model.buffers()]
 
 
 def _copied(value: Any, device: str | None) -> Any:

@@ -1,15 +1,20 @@
-"""What is asked of a run beside its steps: how long it is, how it validates, and which of its weights are kept."""
+"""What is asked of a run beside its steps: its length, its validation, copies of its weights, and its state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rlsched import schedule
+from rlsched.checkpoint import Saved, packed, unpacked
 from rlsched.frozen import Window
 from rlsched.length import Length
 from rlsched.number import checked_count, checked_loss
@@ -20,11 +25,23 @@ from rlsched.tensorboard import RunLog
 from rlsched.validation import Validation, validated
 from rlsched.weights import KeptWeights
 
+if TYPE_CHECKING:
+    from rlsched.hyperparameters import ParameterGroups
+    from rlsched.meter import Meter
+    from rlsched.policy import Policy
+    from rlsched.safety import Guard
+    from rlsched.snapshots import Snapshot
 
-class TrainingRun:
+
+class TrainingRun(ABC):
     """A run as a user sees it. `Controller` is one, which documents the attributes."""
 
+    optimizer: Optimizer
     options: ScheduleOptions
+    policy: Policy
+    groups: ParameterGroups
+    meter: Meter
+    guard: Guard
     log: RunLog
     length: Length
     run: Run
@@ -32,6 +49,16 @@ class TrainingRun:
     windows: list[Window]
     validation: Validation
     kept: KeptWeights
+    skipped: int
+    _moving: tuple[str, ...]
+    _has_resumed: bool
+
+    @abstractmethod
+    def _hold(self) -> None:
+        """Work out what holds until the next decision."""
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     @property
     def step_count(self) -> int:
@@ -169,3 +196,81 @@ class TrainingRun:
     def restore_best(self, model: nn.Module, batches: Iterable[Any] | None = None) -> None:
         """Go back to the weights of the best validation, for good. The optimizer's own state stays; see `best`."""
         self.kept.restore_best(model, batches)
+
+    # --- State ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, as bytes. Of a sharded model all ranks have to call this.
+
+        A snapshot is part of it where the run may soon be taken back to it: during the probe, and while the run is not
+        well. It is no part of the state of a sharded model.
+        """
+        return self.packed(self.saved_snapshot())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the run that gave `state_dict` was. If that fails, the controller is as it was.
+
+        Without a snapshot in it one is taken as soon as training goes on, if snapshots are kept: a run that diverges
+        later goes back to there.
+
+        A state of a run of another length is extended to the `total_steps` of this one (see `extend`), or goes on to
+        its own if this one has none.
+
+        Raises:
+            ValueError: the state is of a run with another policy, other controls or decisions, that has done more than
+                `total_steps`, of another rlsched, of no controller at all, or something in it cannot be.
+        """
+        saved = self.unpacked(state_dict)
+        if any(saved.exponents):
+            raise ValueError("state_dict goes with that of the optimizer beside it: ScheduledOptimizer loads them both")
+        self.go_on(saved)
+
+    def saved_snapshot(self) -> Snapshot | None:
+        """The snapshot, if it belongs to the state."""
+        return self.guard.snapshot if self.guard.may_go_back(self.state) and not self.meter.is_sharded else None
+
+    def packed(self, snapshot: Snapshot | None, exponents: Sequence[int] = ()) -> dict[str, bytes]:
+        """The state with this snapshot, beside momentum buffers that are scaled by these powers of two."""
+        parts = self.state, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
+        kept = self.kept.state()
+        saved = Saved(*parts, self.total_steps, self.validation, kept, list(exponents), snapshot)
+        return packed(saved, self._identity())
+
+    def unpacked(self, state_dict: Mapping[str, Any]) -> Saved:
+        """What is in a state; see `load_state_dict` for the errors."""
+        memory, model = self.policy.begin(), self.options.model
+        saved = unpacked(state_dict, self._identity(), self.optimizer, model=model, memory=memory)
+        now, asked = saved.schedule, self.total_steps
+        self.meter.check(saved.meter, now.window_end - now.window_start)
+        self.kept.check(saved.kept)
+        if asked is not None and asked != saved.total_steps and asked < now.step:
+            raise ValueError(f"state_dict is of a run that has done {now.step} steps, this one has total_steps={asked}")
+        return saved
+
+    def go_on(self, saved: Saved) -> None:
+        """Go on from a state that was unpacked, to the end that this run was to have."""
+        asked, base, last = self.total_steps, self.policy.base_schedule, saved.windows[-1]
+        self.kept.load(saved.kept)  # which ranks do together
+        self.state, self.windows, self.skipped = saved.schedule, saved.windows, saved.skipped
+        self.guard.state, self.guard.snapshot = saved.guard, saved.snapshot
+        self.validation = saved.validation
+        base = base if saved.total_steps is None else replace(base, knots=last.knots)
+        self.length = self.length._replace(total_steps=saved.total_steps, schedule=base)
+        self.run = self.length.measured(self.run, last.start)
+        self.meter.interval = self.run.interval
+        self.meter.load(saved.meter, self._parameters()[0].device)
+        self.groups.load(saved.bases)
+        if asked is not None:
+            self._end_at(asked)
+        self._hold()
+        self._has_resumed = True
+
+    def _identity(self) -> dict[str, Any]:
+        """What two runs must have in common for one to go on where the other was."""
+        decisions, policy = self.length.decisions, self.policy.digest
+        return {"decisions": decisions, "policy": policy, "controls": list(self._moving)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        guard = copy.copy(self.guard)
+        guard.snapshot = self.saved_snapshot()
+        return {**self.__dict__, "_handles": [], "guard": guard}

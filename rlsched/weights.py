@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,23 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 
 from rlsched import distributed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class CopyState(NamedTuple):
+    """A copy of weights."""
+
+    step: int  # inner steps that were done
+    tensors: list[Tensor]  # whole
+
+
+class KeptState(NamedTuple):
+    """What is kept of the weights of a run; None of what is not."""
+
+    best: CopyState | None = None
+    average: CopyState | None = None
 
 
 class WeightCopy:
@@ -30,21 +47,22 @@ class WeightCopy:
         self.tensors += [p.detach().clone() for p in parameters[len(self.tensors) :]]
         self.step = step
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> CopyState:
         """The copy, whole; of a sharded model all ranks have to call this."""
-        return {"step": self.step, "tensors": list(map(distributed.whole, self.tensors))}
+        return CopyState(self.step, list(map(distributed.whole, self.tensors)))
 
-    def load(self, state: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Go on from a state that `state` gave.
+    @classmethod
+    def of(cls, state: CopyState, parameters: list[Tensor]) -> Self:
+        """What gave a state; of a sharded model all ranks have to call this."""
+        copy = cls()
+        pairs = zip(parameters, state.tensors, strict=False)
+        copy.tensors, copy.step = [distributed.part(whole, p) for p, whole in pairs], state.step
+        return copy
 
-        Raises:
-            ValueError: it is of other parameters.
-        """
-        shapes, ours = ([tuple(x.shape) for x in each] for each in (state["tensors"], parameters))
-        if shapes != ours[: len(shapes)]:
-            raise ValueError(f"state_dict has a copy of weights of the shapes {shapes}, this model has {ours}")
-        pairs = zip(parameters, state["tensors"], strict=False)
-        self.tensors, self.step = [distributed.part(whole, p) for p, whole in pairs], state["step"]
+    @staticmethod
+    def dtype(parameter: Tensor) -> torch.dtype:
+        """Of the copy of a parameter."""
+        return parameter.dtype
 
 
 class WeightAverage(WeightCopy):
@@ -70,7 +88,11 @@ class WeightAverage(WeightCopy):
             copies, weights = zip(*((copy, p.to(copy.dtype)) for copy, p in pairs), strict=True)
             torch._foreach_lerp_(copies, weights, (self.POWER + 1) / (self.step + self.POWER))
         for p in parameters[len(self.tensors) :]:
-            self.tensors.append(p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True))
+            self.tensors.append(p.detach().to(self.dtype(p), copy=True))
+
+    @staticmethod
+    def dtype(parameter: Tensor) -> torch.dtype:
+        return torch.promote_types(parameter.dtype, torch.float32)
 
 
 class KeptWeights:
@@ -130,16 +152,32 @@ class KeptWeights:
         """See `ScheduledOptimizer.restore_best`."""
         self._put(self._the_best().tensors, model, batches)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> KeptState:
         """What is kept, whole; of a sharded model all ranks have to call this."""
-        kept = {"best": self.best, "average": self.average}
-        return {name: copy.state() if copy is not None else None for name, copy in kept.items()}
+        return KeptState(*(None if copy is None else copy.state() for copy in (self.best, self.average)))
 
-    def load(self, state: dict[str, Any]) -> None:
+    def check(self, state: KeptState) -> None:
+        """Refuse a state of other weights.
+
+        Raises:
+            ValueError: naming the copy.
+        """
+        for name, copy, kind in (("best", state.best, WeightCopy), ("average", state.average, WeightAverage)):
+            if copy is None:
+                continue
+            parameters = self._parameters()[: len(copy.tensors)]
+            there = [(tuple(x.shape), x.dtype) for x in copy.tensors]
+            ours = [(tuple(p.shape), kind.dtype(p)) for p in parameters]
+            if there != ours or any(x.layout is not torch.strided for x in copy.tensors):
+                raise ValueError(f"state_dict: kept.{name} must be a copy of weights of {ours}, got {there}")
+
+    def load(self, state: KeptState) -> None:
         """Go on from a state that `state` gave. What was not kept there begins to be kept now."""
-        for name, copy in (("best", self.best), ("average", self.average)):
-            if copy is not None and state[name] is not None:
-                copy.load(state[name], self._parameters())
+        parameters = self._parameters()
+        if self.best is not None and state.best is not None:
+            self.best = WeightCopy.of(state.best, parameters)
+        if self.average is not None and state.average is not None:
+            self.average = WeightAverage.of(state.average, parameters)
 
     def _the_best(self) -> WeightCopy:
         if self.best is None:

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same_weights, driven, lively_policy, loss_at, network, train
+from helpers import FACES, assert_same_weights, driven, lively_policy, loss_at, network, train
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
 
@@ -183,3 +183,22 @@ def test_lbfgs_takes_the_steps_that_it_takes_alone(face):
     (model, evaluated), (plain, expected) = run(True), run(False)
     assert evaluated == expected
     assert_same_weights(model, plain)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_optimizer_is_driven_once(face):
+    """Two controllers would take each other's learning rate for the user's."""
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    controller = attach(inner, total_steps=9)
+    with pytest.raises(ValueError, match=r"driven by rlsched.attach already: call detach\(\)"):
+        face(inner, total_steps=9)
+    controller.detach()
+    face(inner, total_steps=9)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_learning_rate_of_zero_is_named(face):
+    """A factor on nothing is nothing: the run would do all its steps, and train nothing."""
+    with pytest.raises(ValueError, match="the learning rate is 0 in every parameter group"):
+        face(torch.optim.SGD(network().parameters(), 0.0), total_steps=9)

@@ -1,10 +1,17 @@
-"""torch.distributed.checkpoint's helpers save and resume a schedule; two ranks do so in test_distributed."""
+"""A state is saved and resumed, by torch.distributed.checkpoint's helpers too (in test_distributed by two ranks); and
+what is none is refused.
+"""
 
 import copy
+import io
+import math
+import warnings
 
 import pytest
 import torch
-from helpers import assert_same_weights, lively_policy, loss_at, network, train
+from helpers import assert_finite_weights, assert_same_weights, lively_policy, loss_at, network, train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -14,7 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from rlsched import ScheduledOptimizer, attach
+from rlsched import ScheduledOptimizer, SchedulePolicy, attach
+from rlsched.actors import Recurrent, actor
+from rlsched.checkpoint import STATE_KEY
+from rlsched.signals import OBSERVATION_NAMES
 
 OPTIONS = {"total_steps": 21, "decisions": 5}
 OPTIMIZERS = {
@@ -102,3 +112,282 @@ def test_real_step_at_a_learning_rate_of_zero_counts():
     optimizer.observe(0.5)
     optimizer.step()
     assert controller.step_count == 1
+
+
+# --- What cannot be is refused --------------------------------------------------------------------------------------
+
+
+def contents(state_dict):
+    """All that is in a controller's state, as nested containers."""
+    return torch.load(io.BytesIO(state_dict[STATE_KEY]), weights_only=True)
+
+
+def forged(state_dict, change):
+    """A state_dict with something changed in the controller's state."""
+    plain = contents(state_dict)
+    change(plain)
+    file = io.BytesIO()
+    torch.save(plain, file)
+    return {**state_dict, STATE_KEY: file.getvalue()}
+
+
+def running(steps, face=ScheduledOptimizer):
+    """A run of some steps that is rolled back if need be, as `driven` gives it."""
+    parts = driven(face, OPTIMIZERS["SGD, momentum"], on_divergence="rollback")
+    train(*parts[:2], range(steps))
+    return parts
+
+
+def everything(model, optimizer, controller):
+    """All that a load could change, to the last bit."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    live = (
+        [p.detach().tolist() for p in model.parameters()],
+        str(inner.state_dict()),
+        id(inner.state),
+        id(inner.param_groups),
+    )
+    guard, meter = controller.guard, controller.meter
+    return repr(
+        (live, contents(controller.state_dict()), id(guard.snapshot), id(meter.records), controller.groups.decided)
+    )
+
+
+FORGED = {
+    "NaN for a control": (["schedule", "control", "lr"], math.nan, r"schedule.control.lr must be finite"),
+    "control out of range": (["schedule", "control", "lr"], 9.0, r"schedule.control.lr must be in \[-7, 7\], got 9.0"),
+    "number as text": (["schedule", "lr_offset"], "0", r"schedule.lr_offset must be a number, got '0'"),
+    "truth for a number": (["schedule", "control", "clip"], True, r"schedule.control.clip must be a number"),
+    "step that is none": (["schedule", "step"], 3.0, r"window_start|schedule.step must be an int"),
+    "negative step": (["schedule", "step"], -1, r"schedule.step must be finite and in \[0, "),
+    "step of another window": (["schedule", "step"], 12, r"schedule.step must be at most the end of its window, 11"),
+    "window that never ends": (["schedule", "window_end"], 3, r"schedule.window_end must be behind its start"),
+    "another base": (["schedule", "base", "momentum"], 2.0, r"schedule.base.momentum must be 1.0*, the base value's"),
+    "infinite history": (["schedule", "history", "slow_loss"], math.inf, r"schedule.history.slow_loss must be finite"),
+    "guard with a key": (["guard", "wings"], 1, r"another version of rlsched: guard has an unknown 'wings'"),
+    "guard of numbers": (["guard"], 3, r"guard must be a dict, got 3"),
+    "ceiling": (["guard", "ceiling"], math.nan, r"guard.ceiling must be finite and in \[-7, 7\]"),
+    "count": (["guard", "nonfinite"], "many", r"guard.nonfinite must be an int, got 'many'"),
+    "interventions": (
+        ["guard", "interventions"],
+        [{"step": 1, "message": 2}],
+        r"interventions\[0\].message must be a str",
+    ),
+    "shape of records": (
+        ["meter", "records"],
+        torch.zeros(3, 3),
+        r"meter.records must be a float32 tensor of shape \(5, ",
+    ),
+    "type of records": (["meter", "records"], [1.0], r"meter.records must be a Tensor, got \[1.0\]"),
+    "gradient": (
+        ["meter", "last_grad"],
+        torch.zeros(3, dtype=torch.int64),
+        r"meter.last_grad must be a float32 tensor",
+    ),
+    "average norm": (["meter", "average_norm"], -1.0, r"meter.average_norm must be finite and in \[0, inf\]"),
+    "flag": (["meter", "loss_was_reported"], 1, r"meter.loss_was_reported must be a bool, got 1"),
+    "losses": (["meter", "losses"], ["1"], r"meter.losses\[0\] must be a number"),
+    "base lr": (["bases", 0, "lr"], math.nan, r"bases\[0\].lr must be finite and not negative, got nan"),
+    "base momentum": (["bases", 0, "momentum"], 1.0, r"bases\[0\].momentum must be in \[0, 1\)"),
+    "no groups": (["bases"], [], r"bases must be those of at least one parameter group"),
+    "too many groups": (
+        ["bases"],
+        [{"lr": 1.0, "momentum": 0.9, "clip": 1.0, "weight_decay": 0.1}] * 2,
+        r"exponents|base",
+    ),
+    "skipped": (["skipped"], 2.5, r"skipped must be an int, got 2.5"),
+    "huge count": (["skipped"], 10**400, r"skipped must be finite"),
+    "windows": (["windows"], [], r"windows must be in their order from the first step on, got \[\]"),
+    "exponents": (["exponents"], [1, 2], r"exponents must be one for each group, or none"),
+    "exponent": (["exponents"], [5000], r"exponents\[0\] must be finite and in \[-64, 64\]"),
+    "snapshot": (["snapshot"], {"weights": []}, r"snapshot lacks "),
+}
+
+
+@pytest.mark.parametrize("path, value, message", FORGED.values(), ids=FORGED)
+@pytest.mark.parametrize("face", FACES)
+def test_forged_state_is_refused_and_nothing_is_changed(face, path, value, message):
+    """It would load, and end the run in the middle, or train at a learning rate of NaN; or be loaded by halves."""
+    saved, parts = running(9, face), running(13, face)
+
+    def change(plain):
+        *way, last = path
+        for key in way:
+            plain = plain[key]
+        plain[last] = value
+
+    state = forged(saved[2].state_dict() if face is attach else saved[1].state_dict(), change)
+    before = everything(*parts)
+    with pytest.raises(ValueError, match=f"state_dict.*({message})"):
+        (parts[2] if face is attach else parts[1]).load_state_dict(state)
+    assert everything(*parts) == before
+    assert train(*parts[:2], range(13, 21)) == train(*running(13, face)[:2], range(13, 21))
+
+
+@pytest.mark.parametrize("memory", [None, 3, torch.zeros(3), torch.full((2 * Recurrent.UNITS,), math.nan)], ids=repr)
+def test_forged_memory_is_refused(memory):
+    """A policy would remember what nobody has seen, and act on it, or fail in the next decision."""
+    torch.manual_seed(0)
+    policy = SchedulePolicy(actor("recurrent", 4, 2), OBSERVATION_NAMES[:4], ["lr", "momentum"])
+
+    def started():
+        model = network()
+        return model, ScheduledOptimizer(OPTIMIZERS["AdamW"](model.parameters()), policy=policy, **OPTIONS)
+
+    model, optimizer = started()
+    train(model, optimizer, range(9))
+    state = optimizer.state_dict()
+    _, other = started()
+    other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"schedule\.memory must be finite, and like what the policy begins with"):
+        other.load_state_dict(forged(state, lambda plain: plain["schedule"].update(memory=memory)))
+
+
+@pytest.mark.parametrize("part, index", [("weights", 1), ("optimizer_state", 2), ("schedule", None), ("guard", None)])
+def test_forged_snapshot_is_refused(part, index):
+    """It would be found out when the run has to go back to it."""
+    parts = running(1)
+    state = parts[1].state_dict()
+    for value in (torch.zeros(1), "x", {"step": 1}):
+
+        def change(plain, value=value):
+            if index is None:
+                plain["snapshot"][part] = value
+            else:
+                plain["snapshot"][part][index] = value
+
+        if (part, value) == ("optimizer_state", {"step": 1}):
+            continue
+        with pytest.raises(ValueError, match=f"snapshot.{part}"):
+            parts[1].load_state_dict(forged(state, change))
+
+
+@pytest.mark.parametrize("state", [b"", b"PK", b"\x80\x02.", None, 3, "text", {}, bytes(1000)])
+def test_bytes_that_are_none_of_a_state_are_refused(state):
+    """A file that was cut would be an error of zip archives or pickles."""
+    parts = running(3)
+    before = everything(*parts)
+    with pytest.raises(ValueError, match="state_dict"):
+        parts[1].load_state_dict({**parts[1].state_dict(), STATE_KEY: state})
+    with pytest.raises(ValueError, match="state_dict"):
+        parts[2].load_state_dict({STATE_KEY: state})
+    assert everything(*parts) == before
+
+
+def test_state_that_the_optimizer_refuses_leaves_the_schedule_as_it_was():
+    """The schedule of one run would go on with the buffers of another one."""
+    parts, other = running(9), running(13)
+
+    class Failing(torch.optim.SGD):
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            if hasattr(self, "fails"):
+                raise RuntimeError("after all")
+
+    state = parts[1].state_dict()
+    groups = {"param_groups": [{**state["param_groups"][0], "params": [0, 1]}]}
+    before = everything(*other)
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        other[1].load_state_dict({**state, **groups})
+    assert everything(*other) == before
+    late = driven(ScheduledOptimizer, lambda p: Failing(p, 0.1, 0.9))
+    train(*late[:2], range(5))
+    late[1].optimizer.fails = True
+    before = everything(*late)
+    for broken in (state, {key: value for key, value in state.items() if key != STATE_KEY}):
+        with pytest.raises(RuntimeError, match="after all"):
+            late[1].load_state_dict(broken)
+        assert everything(*late) == before
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, -1, 7, 10**30, 0.0, -0.0, 1e-300, 1e300, math.nan, math.inf, -math.inf, "", "lr", b"x"]),
+    st.integers(),
+    st.floats(),
+    st.sampled_from(
+        [[], {}, (), [1.0], {"lr": 1.0}, [{}], torch.zeros(0), torch.full((5, 28), math.nan), torch.ones(2, 2)]
+    ),
+)
+
+
+def places(value, path=()):
+    """The ways to all that is in nested containers."""
+    found = [path] if path else []
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, each in entries:
+        found += places(each, (*path, key))
+    return found
+
+
+def mutated(value, path, new, action):
+    """Nested containers in which what is at the end of a way is replaced, left out, or has company."""
+    (key, *rest), whole = path, type(value)(value)
+    entries = list(whole) if isinstance(whole, tuple) else whole
+    if rest:
+        entries[key] = mutated(entries[key], rest, new, action)
+    elif action == "replace":
+        entries[key] = new
+    elif action == "remove":
+        del entries[key]
+    elif isinstance(entries, dict):
+        entries["more"] = new
+    else:
+        entries.insert(key, new)
+    return type(value)(entries)
+
+
+mutations = st.lists(
+    st.tuples(st.integers(0, 10**6), ODD, st.sampled_from(["replace", "remove", "add"])), min_size=1, max_size=2
+)
+mutating = settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+def with_mutations(plain, mutations):
+    """Nested containers after each of these."""
+    for where, new, action in mutations:
+        ways = places(plain)
+        plain = mutated(plain, ways[where % len(ways)], new, action)
+    return plain
+
+
+@mutating
+@given(stop=st.sampled_from([1, 4, 7, 21]), mutations=mutations)
+def test_mutated_state_loads_and_trains_or_is_refused(stop, mutations):
+    """The one that nobody thought of."""
+    saved = running(stop)
+    state = saved[1].state_dict()
+    plain = with_mutations(contents(state), mutations)
+    file = io.BytesIO()
+    torch.save(plain, file)
+    parts = running(2)
+    before = everything(*parts)
+    try:
+        parts[1].load_state_dict({**state, STATE_KEY: file.getvalue()})
+    except ValueError as error:
+        assert "state_dict" in str(error)
+        assert everything(*parts) == before
+        return
+    assert contents(parts[1].state_dict()).keys() == plain.keys()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for ((lr, momentum),) in train(*parts[:2], range(12)):
+            assert 0 <= lr < 0.1 * math.exp(7) * 100
+            assert 0 <= momentum < 1
+    assert_finite_weights(parts[0])
+
+
+@mutating
+@given(mutations=mutations)
+@pytest.mark.filterwarnings("ignore:rlsched. state_dict has no 'rlsched'")
+def test_mutated_state_of_the_optimizer_is_loaded_whole_or_not_at_all(mutations):
+    """Whatever torch says of it, or a framework's hook: the run goes on if that is caught."""
+    state = with_mutations(running(9)[1].state_dict(), mutations)
+    parts = running(2)
+    before = everything(*parts)
+    try:
+        parts[1].load_state_dict(state)
+    except Exception:
+        assert everything(*parts) == before
+        train(*parts[:2], range(2, 4))

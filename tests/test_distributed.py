@@ -227,6 +227,15 @@ def flat_shards(rank):
         return [str(error)]
 
 
+def complex_shards(rank):
+    """What the wrapper says of complex parameters in shards."""
+    model = fully_shard(torch.nn.Linear(4, 4, dtype=torch.complex64))
+    try:
+        ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=STEPS)
+    except ValueError as error:
+        return [str(error)]
+
+
 def unlike_replicas(rank):
     """The second rank measures what it measures a little differently, as another kind of processor might."""
     it = Training(rank, replicated, OPTIMIZERS["SGD"])
@@ -327,6 +336,7 @@ def jobs(folder):
     yield SAME_BITS, "best of shards", best_of_shards
     yield DOUBLE, "unlike", unlike_replicas
     yield DOUBLE, "flat shards", flat_shards
+    yield DOUBLE, "complex shards", complex_shards
     yield DOUBLE, "gathered", gathered_state
 
 
@@ -474,6 +484,12 @@ def test_shards_that_do_not_say_of_what_are_refused(ranks):
     """FSDP1's ranks would each follow a schedule for their own shard, and nobody would know."""
     for message in ranks("flat shards"):
         assert "shard the model with torch.distributed.fsdp.fully_shard" in message[0]
+
+
+def test_complex_shards_are_refused(ranks):
+    """Other numbers would be taken for those of the sample."""
+    for message in ranks("complex shards"):
+        assert "complex parameters that fully_shard has sharded are not supported" in message[0]
 
 
 def test_ranks_that_measure_unlike_decide_alike(ranks):

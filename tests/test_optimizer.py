@@ -20,7 +20,7 @@ from helpers import (
 )
 from torch import nn
 
-from rlsched import ScheduledOptimizer, SchedulePolicy, attach
+from rlsched import ScheduledOptimizer, SchedulePolicy, attach, parameter_sample
 from rlsched.control import CONTROLS, moved_by
 from rlsched.parameter_sample import GRAD_NORM, moments_of
 from rlsched.schedule import PROBE
@@ -271,7 +271,7 @@ EVERY_OPTIMIZER = {
 def test_every_optimizer_of_torch_is_tried():
     """A new optimizer in torch would be claimed as supported without ever having run."""
     tried = {name.split(",")[0] for name in EVERY_OPTIMIZER | OPTIMIZERS}
-    assert KINDS.keys() <= tried | {"SparseAdam"}, "SparseAdam is in test_sparse_gradients_are_refused"
+    assert KINDS.keys() <= tried | {"SparseAdam"}, "SparseAdam is in test_sparse_gradients_count_as_dense_ones"
     assert len(FLAGS) > 20
 
 
@@ -297,14 +297,100 @@ def test_optimizer_trains_under_a_lively_policy(make, face):
     assert not torch.equal(model[0].weight, initial[0].weight)
 
 
+class Words(nn.Module):
+    """The mean embedding of some words, of which each batch has a few, some of them twice."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        torch.manual_seed(1)
+        # In double precision, for the rounding of a sum in another order to be less than what is measured.
+        self.embedding = nn.EmbeddingBag(4000, 4, sparse=sparse, dtype=torch.float64)
+
+    def forward(self, step):
+        words = torch.randint(40, (16, 8), generator=torch.Generator().manual_seed(step))
+        return (self.embedding(words) - 1).square().mean()
+
+
+SPARSE = {
+    "SGD": lambda p: torch.optim.SGD(p, 5.0),
+    "SGD, momentum": lambda p: torch.optim.SGD(p, 1.0, 0.9),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+    "SparseAdam": lambda p: torch.optim.SparseAdam(list(p), 0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # of torch's own doing
+@pytest.mark.parametrize("size", [2**20, 2**12], ids=["whole", "sampled"])
+@pytest.mark.parametrize("kind", SPARSE)
 @pytest.mark.parametrize("face", FACES)
-def test_sparse_gradients_are_refused(face):
-    """SparseAdam would fail deep inside, with an error about storage."""
-    embedding = nn.Embedding(5, 2, sparse=True)
-    optimizer, _ = driven(face, torch.optim.SparseAdam(embedding.parameters()), total_steps=9)
-    embedding(torch.tensor([1, 3])).sum().backward()
-    with pytest.raises(ValueError, match=r"sparse gradients are not supported; use Embedding\(..., sparse=False\)"):
-        optimizer.step(loss=1.0)
+def test_sparse_gradients_count_as_dense_ones(face, kind, size, monkeypatch):
+    """Embeddings with sparse gradients would be scheduled by something else than what the policy was trained on."""
+    monkeypatch.setattr(parameter_sample, "SIZE", size)
+
+    def run(sparse):
+        model = Words(sparse)
+        make = SPARSE["Adagrad" if kind == "SparseAdam" and not sparse else kind]
+        optimizer, controller = driven(face, make(model.parameters()), total_steps=30, max_grad_norm=0.01)
+        path = []
+        for step in range(30):
+            optimizer.zero_grad()
+            loss = model(step)
+            loss.backward()
+            assert model.embedding.weight.grad.is_sparse == sparse
+            optimizer.step(loss=loss)
+            path.append([float(optimizer.param_groups[0]["lr"]), *controller.state.control.values()])
+        assert_finite_weights(model)
+        return torch.tensor(path), controller
+
+    (sparse, controller), (dense, other) = run(True), run(False)
+    assert controller.meter.last_grad.count_nonzero() > 20
+    if kind != "SparseAdam":
+        torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(controller.meter.last_grad, other.meter.last_grad, rtol=1e-3, atol=1e-6)
+    assert sparse[:, 1].std() > 0.1
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_bad_values_of_sparse_gradients_do_not_reach_the_weights(face):
+    """What guards dense gradients would not look at them."""
+    model = Words(sparse=True)
+    optimizer, _ = driven(face, torch.optim.SGD(model.parameters(), 1.0), total_steps=30)
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = model(step)
+        loss.backward()
+        if step == 3:
+            model.embedding.weight.grad._values()[0] = math.nan
+        optimizer.step(loss=loss)
+        assert_finite_weights(model)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("size", [2**12, 20], ids=["whole", "sampled"])
+def test_complex_parameters_are_measured_as_real_ones(size, kind, monkeypatch):
+    """The policy would see other norms and cosines of them, or none."""
+    monkeypatch.setattr(parameter_sample, "SIZE", size)
+
+    def run(is_complex):
+        torch.manual_seed(1)
+        layers = [torch.randn(9, 7, dtype=torch.complex64), torch.randn(7, 9, dtype=torch.complex64).T]
+        params = [(p if is_complex else torch.view_as_real(p)).requires_grad_() for p in layers]
+        optimizer, controller = driven(ScheduledOptimizer, OPTIMIZERS[kind](params), total_steps=30)
+        path = []
+        for step in range(30):
+            optimizer.zero_grad()
+            one, other = params if is_complex else map(torch.view_as_complex, params)
+            x = torch.randn(16, 7, dtype=torch.complex64, generator=torch.Generator().manual_seed(step))
+            loss = (x @ one.mT @ other - x).abs().square().mean()
+            loss.backward()
+            optimizer.step(loss=loss)
+            path.append([optimizer.param_groups[0]["lr"], *controller.state.control.values()])
+        return torch.tensor(path), controller.meter.last_grad
+
+    (path, grad), (expected, expected_grad) = run(True), run(False)
+    torch.testing.assert_close(path, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-5)
+    assert path[:, 1].std() > 0.1
 
 
 def test_subclass_of_an_optimizer_counts_as_its_kind():
@@ -665,6 +751,54 @@ def test_wrong_argument_is_named(options, message):
     inner = torch.optim.SGD(network().parameters(), 0.1)
     with pytest.raises(ValueError, match=message):
         ScheduledOptimizer(inner, **{"total_steps": 9, "policy": lively_policy(), **options})
+
+
+@pytest.mark.parametrize("momentum", [1.0, 1.5])
+@pytest.mark.parametrize("face", FACES)
+def test_momentum_of_one_is_refused(face, momentum):
+    """Gradients of which none is forgotten have no average; the error would be a division by zero."""
+    model = network()
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "momentum": momentum}]
+    with pytest.raises(ValueError, match=f"group 1 has a momentum of {momentum:g}; it must be below 1"):
+        face(torch.optim.SGD(groups, 0.1), total_steps=9)
+
+
+class Unusual(torch.optim.SGD):
+    """Has hyperparameters in forms that some optimizers know."""
+
+    def __init__(self, params, betas):
+        super().__init__(params, torch.tensor([0.1]))
+        for group in self.param_groups:
+            group["betas"] = betas
+
+
+BETAS = {"none": (None, 0.999), "tensors": (torch.tensor([[0.9]]), torch.tensor(0.99)), "list": [0.9, 0.99]}
+
+
+@pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS)
+@pytest.mark.parametrize("follow", [False, True])
+@pytest.mark.parametrize("face", FACES)
+def test_hyperparameters_in_unusual_forms(face, follow, betas):
+    """Adafactor has None for the beta that it does not use; torch takes tensors of one number, whatever their shape."""
+    model = network()
+    optimizer, _ = driven(face, Unusual(model.parameters(), betas), total_steps=STEPS, follow_scheduler=follow)
+    path = train(model, optimizer, range(STEPS))
+    assert optimizer.param_groups[0]["lr"].shape == (1,)
+    beta, other = optimizer.param_groups[0]["betas"]
+    assert type(beta) is type(betas[0])
+    assert other == betas[1]
+    assert (len({str(momentum) for ((_, momentum),) in path}) > 1) == (beta is not None)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_tensor_that_two_optimizers_share_is_not_written_to(face):
+    """The second one would take what the first one's schedule had made of its learning rate for the user's own."""
+    lr = torch.tensor(0.01)
+    model = network()
+    optimizer, _ = driven(face, torch.optim.AdamW(model.parameters(), lr), total_steps=STEPS)
+    train(model, optimizer, range(3))
+    assert lr == torch.tensor(0.01)
+    assert optimizer.param_groups[0]["lr"] != lr
 
 
 def test_what_is_no_optimizer_with_a_learning_rate_is_refused():

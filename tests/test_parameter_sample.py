@@ -9,7 +9,7 @@ from torch import nn
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, moments, parameter_sample
 from rlsched.moments import Moments
-from rlsched.parameter_sample import ParameterSample, moments_of
+from rlsched.parameter_sample import ParameterSample, every_of_sparse, moments_of
 
 
 def flat(tensors):
@@ -125,3 +125,16 @@ def test_parameters_without_gradient_count_as_zeros():
     sample.take_grad()
     assert sample.last_grad[:48].abs().sum() == 0
     assert sample.last_grad[48:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("every", [1, 2, 7, 31])
+@pytest.mark.parametrize(
+    "shape, sparse", [((9,), 1), ((50, 12), 1), ((50, 12), 2), ((9, 4, 5), 1), ((9, 4, 5), 2), ((3, 1), 1), ((4, 0), 1)]
+)
+def test_sparse_tensor_is_sampled_as_a_dense_one(shape, sparse, every):
+    """Of an embedding the numbers of one word would be taken for those of another."""
+    for stored in (0, 1, 20):
+        indices = torch.stack([torch.randint(size, (stored,)) for size in shape[:sparse]])
+        values = torch.randn(stored, *shape[sparse:])
+        tensor = torch.sparse_coo_tensor(indices, values, shape, check_invariants=True).coalesce()
+        assert every_of_sparse(tensor, every).equal(tensor.to_dense().reshape(-1)[::every])

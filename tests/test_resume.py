@@ -164,30 +164,6 @@ def test_groups_that_came_later_are_in_the_state():
     assert_same_weights(resumed, model)
 
 
-def test_plain_optimizer_goes_on_from_the_state_dict():
-    """Whoever takes the wrapper off would lose the momentum of the run."""
-    model = network()
-    inner = OPTIMIZERS["AdamW"](model.parameters())
-    optimizer = ScheduledOptimizer(inner, policy=lively_policy(), **OPTIONS)
-    train(model, optimizer, range(4))
-    plain = OPTIMIZERS["AdamW"](model.parameters())
-    plain.load_state_dict(optimizer.state_dict())
-    state, expected = plain.state_dict(), inner.state_dict()
-    assert str(state["state"]) == str(expected["state"])
-    for group, whole in zip(state["param_groups"], expected["param_groups"], strict=True):
-        assert {**group, "rlsched": None} == whole
-
-
-def test_state_of_a_plain_optimizer_is_refused():
-    """The schedule would silently begin anew in the middle of a run."""
-    optimizer = ScheduledOptimizer(OPTIMIZERS["SGD"](network().parameters()), policy=lively_policy(), **OPTIONS)
-    plain = OPTIMIZERS["SGD"](network().parameters())
-    with pytest.raises(ValueError, match=r"no 'rlsched'.*scheduled.optimizer.load_state_dict"):
-        optimizer.load_state_dict(plain.state_dict())
-    with pytest.raises(ValueError, match=r"no 'rlsched'.*not of a rlsched.Controller"):
-        optimizer.controller.load_state_dict(plain.state_dict())
-
-
 MISMATCHES = {
     "total_steps": ({"total_steps": 3}, "has done 4 steps, this one has total_steps=3"),
     "decisions": ({"decisions": 10}, "decisions=5, this one has 10"),
