@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import warnings
+from operator import is_
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ FORGED = {
     "shape of records": (
         ["meter", "records"],
         torch.zeros(3, 3),
-        r"meter.records must be a float32 tensor of shape \(5, ",
+        r"meter.records must be a float32 tensor of shape \(rows, 28\), with 5 to 1024 rows",
     ),
     "type of records": (["meter", "records"], [1.0], r"meter.records must be a Tensor, got \[1.0\]"),
     "gradient": (
@@ -195,12 +196,37 @@ FORGED = {
         [{"lr": 1.0, "momentum": 0.9, "clip": 1.0, "weight_decay": 0.1}] * 2,
         r"exponents|base",
     ),
+    "ceiling of the schedule": (
+        ["schedule", "ceiling"],
+        8.0,
+        r"schedule.ceiling must be finite and in \[-7, 7.25\], got 8.0",
+    ),
+    "noise": (["guard", "noise"], -1.0, r"guard.noise must be finite and in \[0, inf\], got -1.0"),
+    "loss beyond floats": (["guard", "first"], 1e300, r"guard.first must be finite and in \[-104, 89\]"),
+    "windows lost": (["guard", "lost"], 1.5, r"guard.lost must be an int, got 1.5"),
+    "windows idle": (["guard", "idle"], -1, r"guard.idle must be finite and in \[0, "),
+    "on trial": (["guard", "on_trial"], 1, r"guard.on_trial must be a bool, got 1"),
+    "validation to come": (["validation", "step"], 10, r"validation.step must be at most the step, 9, got 10"),
+    "best validation": (["validation", "best"], math.inf, r"validation.best must be finite"),
+    "length": (["total_steps"], 22, r"total_steps must be 21, as in the last of the windows, or None, got 22"),
+    "length as text": (["total_steps"], "21", r"total_steps must be an int, got '21'"),
+    "length of a window": (["windows", 1, "total_steps"], 0, r"windows\[1\].total_steps must be finite and in \[1, "),
+    "knots": (["windows", 1, "knots"], [[0.5, 1.0], [1.0, 0.0]], r"windows\[1\].knots must be pairs of a fraction"),
+    "three of a pair": (["windows", 1, "knots"], [[0.0, 1.0, 1.0], [1.0, 0.0]], r"windows\[1\].knots must be pairs"),
+    "factor": (
+        ["windows", 1, "knots"],
+        [[0.0, 2.0], [1.0, 0.0]],
+        r"windows\[1\].knots\[0\]\[1\] must be finite and in",
+    ),
+    "kept": (["kept"], {"best": None}, r"kept lacks 'average'"),
+    "kept weights": (["kept", "best"], {"step": 3, "tensors": [1.0]}, r"kept.best.tensors\[0\] must be a Tensor"),
+    "other weights": (["kept", "average"], {"step": 3, "tensors": [torch.ones(1)]}, r"kept.average must be a copy of"),
     "skipped": (["skipped"], 2.5, r"skipped must be an int, got 2.5"),
     "huge count": (["skipped"], 10**400, r"skipped must be finite"),
     "windows": (["windows"], [], r"windows must be in their order from the first step on, got \[\]"),
     "exponents": (["exponents"], [1, 2], r"exponents must be one for each group, or none"),
     "exponent": (["exponents"], [5000], r"exponents\[0\] must be finite and in \[-64, 64\]"),
-    "snapshot": (["snapshot"], {"weights": []}, r"snapshot lacks "),
+    "snapshot": (["snapshot"], {"tensors": []}, r"snapshot lacks "),
 }
 
 
@@ -224,6 +250,34 @@ def test_forged_state_is_refused_and_nothing_is_changed(face, path, value, messa
     assert train(*parts[:2], range(13, 21)) == train(*running(13, face)[:2], range(13, 21))
 
 
+@pytest.mark.parametrize("face", FACES)
+def test_refused_state_leaves_length_and_kept_weights(face):
+    """The best weights of one run would be those of another, or its learning rate decay to another end."""
+    options = {"keep_best": True, "averaging": True, "patience": 3}
+
+    def validated(steps, loss):
+        parts = driven(face, OPTIMIZERS["SGD, momentum"], **options)
+        train(*parts[:2], range(steps))
+        parts[2].observe_validation(loss)
+        return parts
+
+    saved, parts = validated(13, 0.5), validated(9, 0.7)
+    parts[2].extend(11)
+    saved, into = (each[2 if face is attach else 1] for each in (saved, parts))
+    before, best = (everything(*parts), parts[2].length, parts[2].run), list(parts[2].kept.best.tensors)
+    state = saved.state_dict()
+    for broken in (state, forged(state, lambda plain: plain["kept"]["average"]["tensors"].reverse())):
+        with pytest.raises(ValueError, match=r"has done 13 steps, this one has total_steps=11|kept.average must be"):
+            into.load_state_dict(broken)
+        assert (everything(*parts), parts[2].length, parts[2].run) == before
+        assert all(map(is_, parts[2].kept.best.tensors, best))
+    parts[2].extend(30)
+    into.load_state_dict(state)
+    assert (parts[2].total_steps, parts[2].validation.best) == (30, 0.5)
+    for mine, others in zip(parts[2].kept.best.tensors, contents(state)["kept"]["best"]["tensors"], strict=True):
+        assert torch.equal(mine, others)
+
+
 @pytest.mark.parametrize("memory", [None, 3, torch.zeros(3), torch.full((2 * Recurrent.UNITS,), math.nan)], ids=repr)
 def test_forged_memory_is_refused(memory):
     """A policy would remember what nobody has seen, and act on it, or fail in the next decision."""
@@ -243,7 +297,7 @@ def test_forged_memory_is_refused(memory):
         other.load_state_dict(forged(state, lambda plain: plain["schedule"].update(memory=memory)))
 
 
-@pytest.mark.parametrize("part, index", [("weights", 1), ("optimizer_state", 2), ("schedule", None), ("guard", None)])
+@pytest.mark.parametrize("part, index", [("tensors", 1), ("optimizer_state", 2), ("schedule", None), ("guard", None)])
 def test_forged_snapshot_is_refused(part, index):
     """It would be found out when the run has to go back to it."""
     parts = running(1)

@@ -10,6 +10,7 @@ from torch import nn
 
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
 from rlsched.control import base_values
+from rlsched.snapshots import SNAPSHOTS
 
 OPTIONS = {"total_steps": 21, "decisions": 5, "policy": lively_policy()}
 OPTIMIZERS = {
@@ -366,6 +367,34 @@ def test_run_that_is_well_takes_a_snapshot_when_it_goes_on():
     again, _ = run_at(0.01, [32], state_of(parts, ScheduledOptimizer), **options)
     guard = again[2].guard
     assert guard.snapshot is not None
-    for p, saved in guard.snapshot.weights:
+    for p, saved in guard.snapshot.tensors:
         assert p.shape == saved.shape
     assert int(guard.snapshot.schedule.step) == 32
+
+
+@pytest.mark.parametrize("kind", SNAPSHOTS)
+def test_snapshot_in_a_checkpoint_has_the_buffers_of_the_model(kind):
+    """A run that goes back would have the weights of one moment, and batch norm's running averages of another."""
+
+    def start():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        inner = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+        return model, ScheduledOptimizer(inner, **OPTIONS, model=model, snapshots=kind)
+
+    model, optimizer = start()
+    loss = model(torch.tensor([[1.0, 2.0], [3.0, 5.0]])).square().mean()
+    loss.backward()
+    optimizer.step(loss=loss)
+    state = optimizer.state_dict()
+    _, again = start()
+    again.load_state_dict(state)
+    saved, loaded = (each.controller.guard.snapshot for each in (optimizer, again))
+    assert len(loaded.tensors) == 6 + 3
+    for (_, one), (_, other) in zip(saved.tensors, loaded.tensors, strict=True):
+        assert torch.equal(one, other)
+    other = ScheduledOptimizer(torch.optim.SGD(network().parameters(), 0.1, 0.9), **OPTIONS)
+    with pytest.raises(
+        ValueError, match=r"snapshot\.tensors must be a list of 4, one for each parameter and each buffer"
+    ):
+        other.controller.load_state_dict({"rlsched": state["rlsched"]})

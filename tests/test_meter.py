@@ -10,8 +10,7 @@ from helpers import lively_policy, loss_at, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlsched import ScheduledOptimizer, hyperparameters, meter
-from rlsched.gradients import leave_out_unless
+from rlsched import ScheduledOptimizer, gradients, hyperparameters, meter
 from rlsched.moments import MEASURED_STEPS
 
 
@@ -26,11 +25,23 @@ def test_gradients_are_left_out_only_when_something_is_not_finite(known):
     parameters = [torch.zeros_like(v) for v in values]
     for p, v in zip(parameters, values, strict=True):
         p.grad = v.clone()
-    leave_out_unless(known(True), parameters, [p.grad for p in parameters])
+    gradients.leave_out_unless(known(True), parameters, [p.grad for p in parameters])
     for p, value in zip(parameters, values, strict=True):
         torch.testing.assert_close(p.grad, value, equal_nan=True)
-    leave_out_unless(known(False), parameters, [p.grad for p in parameters])
+    gradients.leave_out_unless(known(False), parameters, [p.grad for p in parameters])
     assert all(p.grad is None if known is bool else (p.grad == 0).all() for p in parameters)
+
+
+@pytest.mark.parametrize("known", [bool, torch.tensor], ids=["on the CPU", "on an accelerator"])
+def test_gradients_of_any_kind_are_left_out(known):
+    """torch cannot fill a sparse gradient by a mask: the step would be an error on an accelerator alone."""
+    parameters = [torch.zeros(3, 2), torch.zeros(2, dtype=torch.complex64)]
+    rows = torch.tensor([[1, 1]]), torch.full((2, 2), math.inf)
+    parameters[0].grad = torch.sparse_coo_tensor(*rows, (3, 2), check_invariants=True)
+    parameters[1].grad = torch.full((2,), complex(1, math.nan))
+    grads = meter.Meter(1, has_momentum=False).local_grads(parameters)
+    gradients.leave_out_unless(known(False), parameters, grads)
+    assert all(p.grad is None if known is bool else (p.grad.to_dense() == 0).all() for p in parameters)
 
 
 @pytest.mark.parametrize("length", [1, 9, 1023, 1024, 1025, 5000, 10**6])
@@ -108,7 +119,7 @@ KINDS = {
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_between_decisions_only_the_optimizer_reads(make, monkeypatch):
     """As above, for optimizers that do not run without values; the way of an accelerator is taken on the CPU."""
-    for module in (meter, hyperparameters):
+    for module in (meter, gradients, hyperparameters):
         monkeypatch.setattr(module, "on_host", lambda _: False)
 
     def reads(wrap):
@@ -131,7 +142,7 @@ def test_accelerators_do_what_the_cpu_does(make, monkeypatch):
     """On the CPU the norms are computed with as floats, elsewhere as tensors: two schedules would come of it."""
 
     def run(on_host):
-        for module in (meter, hyperparameters):
+        for module in (meter, gradients, hyperparameters):
             monkeypatch.setattr(module, "on_host", lambda _: on_host)
         model = network()
         optimizer = ScheduledOptimizer(
