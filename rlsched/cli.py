@@ -9,19 +9,19 @@ import sys
 import threading
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import rlsched
 
 if TYPE_CHECKING:
     from rlsched.agents import TrainConfig
 
-# Everything else is imported by the verbs that need it: torch alone takes seconds, in which Ctrl-C should be heard.
-
+# Verbs import what they need: torch takes seconds, in which Ctrl-C should be heard, and `--version` needs nothing.
 DESCRIPTION = "Learned schedules for PyTorch optimizers: train a scheduling policy, and compare it with others."
+INTERRUPTED = "interrupted: the same command goes on from here"
 EXTRAS = {"gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "sklearn", "matplotlib", "tqdm"}
 
 TRAIN = """\
@@ -78,10 +78,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         fill, self.fill = self.fill, None
         if fill is not None:
-            fill(self)
+            with _importing():
+                fill(self)
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
@@ -102,10 +103,10 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
         0, 1 for wrong input, 130 if it was interrupted, 143 if it was terminated.
     """
     try:
-        with _terminable(), _quiet_threads():
+        with _answering(_terminate, signal.SIGTERM), _quiet_threads():
             work()
     except KeyboardInterrupt as interrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print(f"\n{INTERRUPTED}", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in EXTRAS:
@@ -122,21 +123,34 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
     return 0
 
 
+def _terminate(number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    os.write(2, f"\n{INTERRUPTED}\n".encode())  # the standard error, whatever `sys.stderr` is in the midst of
+    os._exit(128 + number)
+
+
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`."""
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
+def _answering(answer: Callable[[int, object], object], *signals: int) -> Iterator[None]:
+    """Inside, these signals are answered like this, if they are not ignored."""
     if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    heard = [number for number in signals if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, answer) for number in heard}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _importing() -> AbstractContextManager[None]:
+    """Inside, signals end the process where it is: nothing is begun yet, and what is written in C++, as it is imported,
+    aborts at an exception that comes from nowhere."""
+    return _answering(_leave, signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
@@ -229,9 +243,10 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 
 def _train(options: argparse.Namespace) -> None:
-    import torch
+    with _importing():
+        import torch
 
-    from rlsched.agents import train
+        from rlsched.agents import train
 
     config = _config(options)
     torch.set_num_threads(config.processes)
@@ -250,12 +265,13 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    import torch
+    with _importing():
+        import torch
 
-    from rlsched.experiments.compare.analysis import report
-    from rlsched.experiments.compare.run import RUNS, TENSORBOARD, Plan, compare
-    from rlsched.experiments.table import PLOT, TABLE
-    from rlsched.policy import SchedulePolicy
+        from rlsched.experiments.compare.analysis import report
+        from rlsched.experiments.compare.run import RUNS, TENSORBOARD, Plan, compare
+        from rlsched.experiments.table import PLOT, TABLE
+        from rlsched.policy import SchedulePolicy
 
     policy = SchedulePolicy.load(options.policy)
     torch.set_num_threads(min(2, torch.get_num_threads()))  # the networks are small: more cost more than they give
@@ -268,8 +284,9 @@ def _compare(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from rlsched.agents.export import load_checkpoint
-    from rlsched.policy import SUFFIX
+    with _importing():
+        from rlsched.agents.export import load_checkpoint
+        from rlsched.policy import SUFFIX
 
     if options.out.suffix != SUFFIX:
         raise ValueError(f"--out must end in {SUFFIX}, got {str(options.out)!r}")
