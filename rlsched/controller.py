@@ -107,6 +107,7 @@ class Controller(TrainingRun):
             model=given.model,
             max_update_ratio=given.max_update_ratio,
             moves_lr=LR.name in self._moving,
+            acts=bool(self._moving),
             log=self.log,
         )
         probing = self.policy.safe_start and LR.name in self._written and not traits.own_scale

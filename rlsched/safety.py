@@ -99,6 +99,7 @@ class Guard:
         model: whose buffers are part of them.
         max_update_ratio: of the norm of updates over that of the weights.
         moves_lr: whether the learning rate is under control.
+        acts: whether anything is; a run that just follows its base schedule is left alone.
         log: where interventions are written.
     """
 
@@ -111,6 +112,7 @@ class Guard:
         max_update_ratio: float,
         moves_lr: bool,
         log: RunLog,
+        acts: bool = True,
         snapshots: str = FULL,
         model: Module | None = None,
     ) -> None:
@@ -118,7 +120,7 @@ class Guard:
         self.on_divergence = on_divergence
         self.snapshots, self.model = snapshots, model
         self.max_update_ratio = max_update_ratio
-        self.moves_lr = moves_lr
+        self.moves_lr, self.acts = moves_lr, acts
         self.log = log
         self.state = GuardState()
         self.snapshot: Snapshot | None = None
@@ -126,7 +128,7 @@ class Guard:
 
     @property
     def keeps_snapshots(self) -> bool:
-        return self.on_divergence == ROLLBACK and self.moves_lr
+        return self.on_divergence == ROLLBACK and self.acts
 
     def intervene(self, step: int, message: str, *, kind: str, level: int = logging.WARNING) -> None:
         """Put on record what is done; of many interventions of a `kind` some are printed."""

@@ -94,6 +94,7 @@ def test_policy_that_stands_still_gives_its_base_schedule_exactly(schedule, tota
         assert torch.equal(p, q)
 
 
+@pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")
 @EACH
 @pytest.mark.parametrize("make", [SchedulePolicy.zero, lively_policy], ids=["standing still", "on the move"])
 @pytest.mark.parametrize("total, decisions", [(1, 5), (2, 5), (7, 5), (60, 20), (250, 7)])

@@ -679,3 +679,10 @@ def test_learning_rate_of_a_scheduler_that_is_no_number_does_not_reach_the_weigh
         optimizer.step(loss=1.0)
         assert rates[-1] == 1e-4
         assert_finite_weights(model)
+
+
+def test_run_without_controls_is_never_taken_back():
+    """`controls=()` promises the base schedule exactly, and to try the same again would diverge again."""
+    _, optimizer, _ = diverging("rollback", controls=())
+    assert optimizer.controller.guard.snapshot is None
+    assert [message.endswith("lr is not among the controls") for message in messages(optimizer)] == [True]
