@@ -243,6 +243,7 @@ def through(changes, model, optimizer, driver, steps):
     return lrs
 
 
+@pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")
 @EACH_BASE
 @pytest.mark.parametrize("total, changes, end", LENGTHS.values(), ids=LENGTHS)
 def test_frozen_run_is_the_run(total, changes, end, base, tmp_path):
@@ -413,6 +414,7 @@ def test_integers_of_any_kind_are_accepted(integer):
     assert driver.freeze().total_steps == 20
 
 
+@pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")
 def test_replayed_run_that_was_extended(tmp_path):
     """`LambdaLR` would follow another schedule than the one that was good."""
     model, optimizer, driver = started(40, lively_policy())
