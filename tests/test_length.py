@@ -17,6 +17,8 @@ from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.length import Length
 from rlsched.signals import Run
 
+pytestmark = pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")  # where it is replayed
+
 EACH_FACE = pytest.mark.parametrize("face", FACES)
 EACH_BASE = pytest.mark.parametrize("base", BASE_SCHEDULES)
 
@@ -243,7 +245,6 @@ def through(changes, model, optimizer, driver, steps):
     return lrs
 
 
-@pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")
 @EACH_BASE
 @pytest.mark.parametrize("total, changes, end", LENGTHS.values(), ids=LENGTHS)
 def test_frozen_run_is_the_run(total, changes, end, base, tmp_path):
@@ -414,7 +415,6 @@ def test_integers_of_any_kind_are_accepted(integer):
     assert driver.freeze().total_steps == 20
 
 
-@pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")
 def test_replayed_run_that_was_extended(tmp_path):
     """`LambdaLR` would follow another schedule than the one that was good."""
     model, optimizer, driver = started(40, lively_policy())
