@@ -79,7 +79,9 @@ class Controller(TrainingRun):
     def begin(self, total_steps: int | None) -> None:
         """A run that is yet to start, of the optimizer as it is."""
         given, optimizer = self.options, self.optimizer
-        self.groups = ParameterGroups(optimizer, lr_bounds=given.lr_bounds, follow_scheduler=given.follow_scheduler)
+        self.groups = ParameterGroups(
+            optimizer, lr_bounds=given.lr_bounds, follow_scheduler=given.follow_scheduler, watches=given.shadow
+        )
         traits, base = self.groups.traits, self.groups.bases[0]
         if not given.shadow and not any(base[LR.name] for base in self.groups.bases):
             raise ValueError("optimizer: the learning rate is 0 in every parameter group, so there is none to schedule")

@@ -30,12 +30,15 @@ class ParameterGroups:
             first.
         lr_bounds: lowest and highest learning rate.
         follow_scheduler: whether a torch scheduler's learning rates take the place of the base schedule.
+        watches: whether it only looks, at whatever the user does.
 
     Raises:
-        ValueError: a group has no learning rate, or a momentum of 1 or more.
+        ValueError: a group has no learning rate, or a momentum of 1 or more that it does not only watch.
     """
 
-    def __init__(self, optimizer: Optimizer, *, lr_bounds: tuple[float, float], follow_scheduler: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, *, lr_bounds: tuple[float, float], follow_scheduler: bool, watches: bool = False
+    ) -> None:
         if not all(LR.name in group for group in optimizer.param_groups):
             raise ValueError(
                 f"optimizer: {type(optimizer).__name__} has parameter groups without 'lr', so there is no learning "
@@ -46,6 +49,7 @@ class ParameterGroups:
         self.optimizer = optimizer
         self.lr_bounds = lr_bounds
         self.follow_scheduler = follow_scheduler
+        self.watches = watches
         self.traits = traits_of(optimizer)
         self.bases: list[dict[str, float]] = []  # of each group, by control
         self.decided: list[dict[str, float]] = []  # the same, as decided; of the lr the factor on the base schedule
@@ -59,7 +63,7 @@ class ParameterGroups:
         new = self.optimizer.param_groups[len(self.bases) :]
         bases = [base_values(_without_dimensions(group)) for group in new]
         for i, base in enumerate(bases, len(self.bases)):
-            if base["momentum"] >= 1:
+            if base["momentum"] >= 1 and not self.watches:
                 raise ValueError(
                     f"optimizer: parameter group {i} has a momentum of {base['momentum']:g}; it must be "
                     "below 1 for gradients to have an average"

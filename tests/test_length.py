@@ -17,6 +17,8 @@ from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.length import Length
 from rlsched.signals import Run
 
+pytestmark = pytest.mark.filterwarnings("ignore:rlsched. the run moved momentum")  # where it is replayed
+
 EACH_FACE = pytest.mark.parametrize("face", FACES)
 EACH_BASE = pytest.mark.parametrize("base", BASE_SCHEDULES)
 

@@ -203,7 +203,7 @@ def test_observations_are_always_finite_and_within_their_bounds(steps):
     generator = torch.Generator().manual_seed(0)
     batch = 64
     total = torch.rand(batch, generator=generator).mul(30).exp()
-    run = Run(total, total.mul(0.01).clamp(min=1), torch.ones(batch), torch.ones(batch))
+    run = Run(total, total.mul(0.01).clamp(min=1), torch.ones(batch), torch.ones(batch), total)
     history, alone = signals.start(torch.ones(batch)), signals.start()
     for each in extreme_windows(20, batch, steps, generator):
         state = {name: 100 * torch.randn(batch, generator=generator) for name in CONTROLS}
@@ -227,7 +227,7 @@ def test_batch_of_runs_is_each_run_alone():
     generator, double = torch.Generator().manual_seed(1), {"dtype": torch.float64}
     batch = 32
     adaptive, sums = torch.tensor([1.0, -1.0] * 16, **double), torch.tensor([1.0, 1.0, 0.0, 0.0] * 8, **double)
-    run = Run(torch.full((batch,), 50.0, **double), 1.0 + torch.arange(batch, **double), adaptive, sums)
+    run = Run(torch.full((batch,), 50.0, **double), 1.0 + torch.arange(batch, **double), adaptive, sums, adaptive.abs())
     state = {name: torch.randn(batch, generator=generator, **double) for name in CONTROLS}
     step = torch.arange(batch, **double)
     together, alone = signals.start(torch.ones(batch, **double)), [signals.start()] * batch
