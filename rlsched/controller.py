@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from rlsched import distributed, schedule
 from rlsched.control import CONTROLS, LR
 from rlsched.frozen import FrozenSchedule
+from rlsched.half_precision import HalfPrecision
 from rlsched.hyperparameters import ParameterGroups
 from rlsched.length import Length
 from rlsched.meter import Meter
@@ -71,6 +72,7 @@ class Controller(TrainingRun):
         self.optimizer = optimizer
         self.policy = given.loaded_policy()
         self.log = RunLog(given.log_dir, given.writer)
+        self._halves = HalfPrecision()
         self._warned: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._scales_by_itself = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
@@ -181,10 +183,13 @@ class Controller(TrainingRun):
         buffers, multiple = self.groups.momentum_buffers, self.groups.decided[0]["clip"]
         measured = parameters, grads, whole_loss, norm
         self.meter.begin_step(*measured, state, is_last=is_last, buffers=buffers, multiple=multiple)
+        if not self.options.shadow:
+            self._halves.before_step(parameters)
 
     @torch.compiler.disable
     def finish_step(self) -> None:
         """Measure what the step did to the weights. Call after each step that `prepare_step` preceded."""
+        self._halves.after_step(self.optimizer)
         if self.meter.finish_step():
             self.state = self.state._replace(step=self.state.step + 1)
             self.groups.after_step()

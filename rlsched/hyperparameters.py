@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from rlsched import distributed, schedule
 from rlsched.control import CONTROLS, LR, base_values, growth
+from rlsched.half_precision import LARGEST, has_half_precision
 from rlsched.number import Number, clamp, on_host
 from rlsched.schedule import ScheduleState
 from rlsched.signals import Run
@@ -48,6 +49,8 @@ class ParameterGroups:
             vars(optimizer)[DRIVER].give_back()
         self.optimizer = optimizer
         self.lr_bounds = lr_bounds
+        if has_half_precision([p for group in optimizer.param_groups for p in group["params"]]):
+            self.lr_bounds = min(lr_bounds[0], LARGEST), min(lr_bounds[1], LARGEST)
         self.follow_scheduler = follow_scheduler
         self.watches = watches
         self.traits = traits_of(optimizer)

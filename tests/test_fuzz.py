@@ -31,6 +31,8 @@ OPTIMIZERS = {
     "Adam with amsgrad": lambda p, lr: torch.optim.Adam(p, lr, amsgrad=True),
     "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr, momentum=0.5),
     "Adagrad": lambda p, lr: torch.optim.Adagrad(p, lr),
+    "NAdam": lambda p, lr: torch.optim.NAdam(p, lr),
+    "Adadelta": lambda p, lr: torch.optim.Adadelta(p, lr),
 }
 POLICIES = [lively_policy(), lively_policy(5), SchedulePolicy.zero(), SchedulePolicy.load("default")]
 
@@ -46,10 +48,11 @@ POLICIES = [lively_policy(), lively_policy(5), SchedulePolicy.zero(), SchedulePo
     bounds=st.sampled_from([(0.0, math.inf), (1e-4, 1e-2)]),
     resume=st.booleans(),
     everywhere=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
 )
-@example([[(1e90, 1.0)] * 9], "SGD", POLICIES[0], 1.0, 30, "cut", (0.0, math.inf), False, True)
+@example([[(1e90, 1.0)] * 9], "SGD", POLICIES[0], 1.0, 30, "cut", (0.0, math.inf), False, True, torch.float32)
 def test_weights_stay_finite_and_learning_rates_in_bounds(
-    sequence, make, policy, lr, total_steps, on_divergence, bounds, resume, everywhere
+    sequence, make, policy, lr, total_steps, on_divergence, bounds, resume, everywhere, dtype
 ):
     """A wrapper that one bad number brings down, or lets through to the weights, is not left alone with a long run."""
     if policy is POLICIES[-2] or total_steps == 1:
@@ -66,7 +69,7 @@ def test_weights_stay_finite_and_learning_rates_in_bounds(
         )
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
     optimizer = scheduled()
     steps = [step for part in sequence for step in part]
     for i, (loss, scale) in enumerate(steps):
