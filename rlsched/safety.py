@@ -256,7 +256,11 @@ class Guard:
         lost_is_enough = lost > (max(LEAST_PATIENCE, patience / 3) if average > state.first + noise else patience)
         factor = before.control[LR.name] + before.lr_offset
         promised = window.predicted_decrease + math.log(run.interval)  # of the loss, in the window, as a logarithm
-        idles = factor > FAR_ABOVE and promised > PROMISE and state.first - average < max(NOISE * window.loss_std, 1e-3)
+        idles = (
+            factor > FAR_ABOVE
+            and promised > PROMISE
+            and state.first - average < max(NOISE * min(noise, window.loss_std), 1e-3)
+        )
         idle = (state.idle + 1) * idles
         self.state = state._replace(lost=lost, idle=idle)
         middle = (math.exp(state.first) + math.exp(lowest)) / 2

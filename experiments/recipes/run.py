@@ -23,6 +23,7 @@ from tqdm import tqdm
 from rlsched import ScheduledOptimizer
 from rlsched.experiments.journal import Journal, Row
 from rlsched.experiments.recipes.recipes import RECIPES, Recipe
+from rlsched.files import locked
 from rlsched.options import ScheduleOptions
 
 RUNS = "runs.jsonl"
@@ -100,9 +101,10 @@ def run(plan: Plan, out: Path, processes: int = 2) -> None:
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
-    journal = Journal(out / RUNS, key)
-    missing = [trial for trial in plan.trials() if trial not in journal]
     with ExitStack() as stack:
+        stack.enter_context(locked(out))
+        journal = Journal(out / RUNS, key)
+        missing = [trial for trial in plan.trials() if trial not in journal]
         rows: Iterable[Row] = map(perform, missing)
         if processes > 1 and missing:
             pool = stack.enter_context(get_context("spawn").Pool(processes, _begin_worker))  # ends with this block
