@@ -75,11 +75,15 @@ class GuardState(NamedTuple):
     interventions: tuple[Intervention, ...] = ()
 
     @property
+    def is_past_half(self) -> bool:
+        """Whether half of what was gained since the run began is lost, noise or not."""
+        return math.exp(self.average) > (math.exp(self.first) + math.exp(self.lowest)) / 2
+
+    @property
     def has_lost_half(self) -> bool:
-        """Whether half of what was gained since the run began is lost, by more than the noise."""
-        middle = (math.exp(self.first) + math.exp(self.lowest)) / 2
+        """The same by more than the noise."""
         is_clear = self.average > self.lowest + NOISE * self.noise or self.average > self.first + self.noise
-        return math.exp(self.average) > middle and is_clear
+        return self.is_past_half and is_clear
 
 
 class Guard:
@@ -263,8 +267,7 @@ class Guard:
         )
         idle = (state.idle + 1) * idles
         self.state = state._replace(lost=lost, idle=idle)
-        middle = (math.exp(state.first) + math.exp(lowest)) / 2
-        if (average > lowest + RISE and math.exp(average) > middle) or lost_is_enough:
+        if (average > lowest + RISE and state.is_past_half) or lost_is_enough:
             self._judge_anew(max(window.loss, average))
             return Alarm(f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}")
         if idle > max(LEAST_PATIENCE, patience / 2):
@@ -287,7 +290,7 @@ class Guard:
             self.snapshot = None
 
     def _cut(self, state: ScheduleState, before: ScheduleState, alarm: Alarm) -> ScheduleState:
-        """The state with the learning rate that a run goes on with, and never again at nearly the one `before`."""
+        """The state with the learning rate that a run goes on with, and the ceiling that keeps it off `before`."""
         lr = before.control[LR.name]
         wanted = -before.lr_offset if alarm.is_idle else lr - LR_CUT
         reached = max(LR.low, wanted)

@@ -51,7 +51,10 @@ class Snapshot(NamedTuple):
         tensors = tensors_of(optimizer, model)
         device = "cpu" if kind == HOST else None
         if optimizer_state is None:
-            optimizer_state = {p: _copied(state, device) for p, state in optimizer.state.items()}
+            states = [
+                (t, optimizer.state[t]) for t in tensors if t in optimizer.state
+            ]  # others keep what they like in it
+            optimizer_state = {t: _copied(state, device) for t, state in states}
         return cls([(t, _copied(t, device)) for t in tensors], optimizer_state, schedule, guard, average_norm)
 
     @torch.no_grad()
@@ -59,11 +62,11 @@ class Snapshot(NamedTuple):
         """Bring weights, buffers and optimizer state back, in place."""
         for tensor, saved in self.tensors:
             tensor.copy_(saved)
-        for p in list(optimizer.state):
-            if p in self.optimizer_state:
-                _restore(optimizer.state[p], self.optimizer_state[p])
+        for tensor, _ in self.tensors:
+            if tensor in self.optimizer_state and tensor in optimizer.state:
+                _restore(optimizer.state[tensor], self.optimizer_state[tensor])
             else:
-                del optimizer.state[p]
+                optimizer.state.pop(tensor, None)
 
     def packed(self) -> dict[str, Any]:
         """The same by the order of its tensors, for a checkpoint."""

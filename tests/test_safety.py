@@ -686,3 +686,16 @@ def test_run_without_controls_is_never_taken_back():
     _, optimizer, _ = diverging("rollback", controls=())
     assert optimizer.controller.guard.snapshot is None
     assert [message.endswith("lr is not among the controls") for message in messages(optimizer)] == [True]
+
+
+def test_rollback_passes_over_what_is_no_parameters_state():
+    """A hook that keeps a counter in the optimizer's state would end the run that is to be saved."""
+    model = network()
+    optimizer = OPTIMIZERS["SGD"](model.parameters(), 0.1)
+    optimizer.state["counter"] = 3
+    snapshot = Snapshot.of(optimizer, None, GuardState(), math.nan)
+    loss_at(model, 0).backward()
+    optimizer.step()
+    snapshot.restore(optimizer)
+    assert_same_weights(model, network())
+    assert dict(optimizer.state) == {"counter": 3}
