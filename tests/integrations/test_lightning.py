@@ -512,3 +512,10 @@ def test_fit_that_goes_on_for_longer_is_extended(wrapped, tmp_path):
     assert controller.total_steps == controller.step_count == 2 * STEPS
     assert controller.length.base_schedule.factor(2 * BATCHES, 2 * STEPS) == 1 - 2 * BATCHES / STEPS
     assert controller.state.window_end == 2 * STEPS
+
+
+def test_buffers_go_back_with_the_weights():
+    """Whoever has one line in a Trainer has no place to say which model has batch norm."""
+    module, callback = both(False)
+    fit(module, callback)
+    assert callback.controller.guard.model is module

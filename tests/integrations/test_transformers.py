@@ -496,3 +496,9 @@ def test_checkpoint_without_a_schedule_is_warned_about(tmp_path):
     trainer(net, None, adamw(net.parameters()), **saving).train()
     with pytest.warns(UserWarning, match="the checkpoint holds no schedule"):
         run(False, **saving, resume=tmp_path / "checkpoint-7")
+
+
+def test_buffers_go_back_with_the_weights():
+    """Whoever has one line in a Trainer has no place to say which model has batch norm."""
+    net, callback, _ = run(False, **EVERY_STEP)
+    assert callback.controller.guard.model is net
