@@ -12,7 +12,7 @@ from rlsched.actors import ACTIVATIONS, ACTORS, checked_widths
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.envs.mixtures import mixture
-from rlsched.envs.scheduling import REWARDS, some_names
+from rlsched.envs.scheduling import REWARDS, check_sets, some_names
 from rlsched.envs.training import usable_device
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
 
@@ -63,6 +63,7 @@ class TrainConfig:
     base_schedule: str = option("linear", f"what it modulates: {', '.join(BASE_SCHEDULES)}")
     trust: float = option(1e4, "factor by which the policy may move the learning rate, either way", Range(1, open=True))
     num_envs: int = option(512, "inner training runs at once", COUNT)
+    clones: int = option(1, "runs of a set that differ in their actions alone; advantages are centred on it", COUNT)
     processes: int = option(min(2, os.cpu_count() or 1), "worker processes that train them, one thread each", COUNT)
     compile: bool = option(False, "torch.compile the inner steps: twice as fast, needs a C compiler")
     device: str = option("cpu", "where the inner networks are trained: cpu, cuda, ...")
@@ -76,6 +77,7 @@ class TrainConfig:
     gae_lambda: float = option(0.97, "decay of advantages in generalised advantage estimation", Range(0, 1))
     target_kl: float = option(0.03, "an update stops when the policy has moved 1.5 times as far", POSITIVE)
     log_std_init: float = option(-0.7, "initial log standard deviation of the actions", Range(-20, 2))
+    averaging: float = option(0.0, "half-life of the running average of the actor, in updates; 0 for none", Range(0))
     actor: str = option("perceptron", f"kind of network that decides: {', '.join(ACTORS)}")
     hidden: tuple[int, ...] = option((64, 64), "widths of the actor's layers, and of the critic's")
     activation: str = option("tanh", "between the layers: tanh or relu")
@@ -108,8 +110,11 @@ class TrainConfig:
             raise ValueError(f"batch_size must be at most num_envs × n_steps = {rollout}, got {self.batch_size}")
         if self.timesteps < rollout:
             raise ValueError(f"timesteps must be at least num_envs × n_steps = {rollout}, got {self.timesteps}")
-        if self.processes > self.num_envs:
-            raise ValueError(f"processes must be at most num_envs = {self.num_envs}, got {self.processes}")
+        check_sets(self.num_envs, self.clones)
+        sets = self.num_envs // self.clones
+        if self.processes > sets:
+            each = "num_envs" if self.clones == 1 else "num_envs / clones"
+            raise ValueError(f"processes must be at most {each} = {sets}, got {self.processes}")
 
     def hyperparameters(self) -> dict[str, Any]:
         """The fields that decide what is learned, in types that JSON and TensorBoard can hold."""

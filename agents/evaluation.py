@@ -73,8 +73,7 @@ def evaluate(
     while running.any():
         seen.append(observations[running])
         actions, memory = policy.act(torch.from_numpy(observations), memory)
-        observations, rewards, done, _, infos = env.step(actions.numpy())
-        returns += np.where(running, rewards, 0)
+        observations, _, done, _, infos = env.step(actions.numpy())
         final = infos.get("final_info", infos)
         for key, values in infos.items():
             if key.startswith(("_", "final")):
@@ -82,6 +81,8 @@ def evaluate(
             path = paths.setdefault(key, [[] for _ in range(env.num_envs)])
             for i in np.flatnonzero(running):
                 path[i].append(float(final[key][i] if done[i] else values[i]))
+        ended = running & done
+        returns[ended] = final["return"][ended]  # rewards may be scaled
         diverged |= running & (final["diverged"] > 0)
         running &= ~done
     arrays = {key: [np.array(values) for values in path] for key, path in paths.items()}

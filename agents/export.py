@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3 import PPO
+from torch import Tensor
 
 from rlsched.actors import ACTORS
 from rlsched.agents.config import TrainConfig
@@ -17,6 +18,7 @@ CHECKPOINT = "checkpoint.zip"  # in the folder of a training run
 # Attributes of a model, which its checkpoint keeps.
 DOMAIN = "observed_domain"  # where the observations lie that it was evaluated on
 INTERFACE = "policy_interface"  # what its policy sees and moves, and what kind of network decides
+AVERAGE = "average_actor"  # running average of the actor's weights, or None
 
 
 def interface_of(config: TrainConfig) -> dict[str, Any]:
@@ -32,8 +34,14 @@ def learner(actor: str) -> type[PPO]:
     return found
 
 
+def actor_weights(model: PPO) -> dict[str, Tensor]:
+    """Copies of the weights of a model's actor, by their names in a policy file."""
+    kind = ACTORS[getattr(model, INTERFACE)["actor"]]
+    return kind.trained({name: tensor.detach().clone() for name, tensor in model.policy.state_dict().items()})
+
+
 def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
-    """The deterministic policy of a model: the mean of its actions, clipped to [−1, 1].
+    """The deterministic policy of a model: the mean of its actions, clipped to [−1, 1], of its averaged actor if any.
 
     Raises:
         ValueError: the model is not one that `rlsched train` made.
@@ -45,7 +53,7 @@ def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
     actor = kind(
         len(interface["observations"]), len(interface["controls"]), interface["hidden"], interface["activation"]
     )
-    weights = kind.trained({name: tensor.detach().clone() for name, tensor in model.policy.state_dict().items()})
+    weights = getattr(model, AVERAGE, None) or actor_weights(model)
     try:
         actor.load_state_dict(weights)
     except RuntimeError as error:

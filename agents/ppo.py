@@ -20,7 +20,7 @@ from tqdm import tqdm
 from rlsched.actors import ACTORS
 from rlsched.agents.config import TrainConfig
 from rlsched.agents.evaluation import Evaluation, environment_options, evaluate
-from rlsched.agents.export import CHECKPOINT, DOMAIN, INTERFACE, export, interface_of, learner
+from rlsched.agents.export import AVERAGE, CHECKPOINT, DOMAIN, INTERFACE, actor_weights, export, interface_of, learner
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.domain import Domain
@@ -69,7 +69,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         _check_hyperparameters(run_dir, config)  # which another process may have written by now
         seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule")}
         options = {"reward": config.reward, "trust": config.trust, "compile": config.compile, **seen}
-        env = VectorEnvAdapter(_vector_env(config, config.num_envs, **options))
+        env = VectorEnvAdapter(_vector_env(config, config.num_envs, clones=config.clones, **options))
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
@@ -81,6 +81,8 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         stack.callback(evaluation.close)
         checkpoints = _CheckpointCallback(checkpoint)
         callbacks: list[BaseCallback] = [
+            _ClonesCallback(config.clones),
+            _AveragingCallback(config.averaging),
             checkpoints,
             evaluation,
             _ProgressCallback(bar, evaluation),
@@ -137,7 +139,8 @@ def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> Schedulin
     options["device"] = config.device
     if config.processes == 1:
         return SchedulingVectorEnv(num_envs, config.tasks, **options)
-    return ShardedVectorEnv(num_envs, config.tasks, processes=min(config.processes, num_envs), **options)
+    processes = min(config.processes, num_envs // options.get("clones", 1))
+    return ShardedVectorEnv(num_envs, config.tasks, processes=processes, **options)
 
 
 def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
@@ -197,6 +200,56 @@ def _progress_bar(config: TrainConfig, done: int) -> Any:
         file=sys.stderr,
         mininterval=1.0,
     )
+
+
+class _ClonesCallback(BaseCallback):
+    """Takes off each advantage the mean over its set of clones, which are at the same decision of the same run.
+
+    What is common to them is the luck of the draw. (The critic still learns of whole returns, from which a rollout that
+    ends within a run is continued; rewards that were centred would leave it nothing to tell one clone from another.)
+    """
+
+    model: PPO
+
+    def __init__(self, clones: int) -> None:
+        super().__init__()
+        self.clones = clones
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.clones > 1:
+            advantages = self.model.rollout_buffer.advantages  # (n_steps, num_envs)
+            sets = advantages.reshape(len(advantages), -1, self.clones)
+            sets -= sets.mean(-1, keepdims=True)
+
+
+class _AveragingCallback(BaseCallback):
+    """Keeps the running average of the actor over the updates, which is what is exported.
+
+    Where the step size of PPO leaves an actor that wanders about, its average is better than the last one.
+    """
+
+    model: PPO
+
+    def __init__(self, half_life: float) -> None:
+        super().__init__()
+        self.half_life = half_life
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:  # after an update
+        if self.half_life == 0:
+            return
+        now = actor_weights(self.model)
+        average = getattr(self.model, AVERAGE, None) or now
+        weight = 1 - 0.5 ** (1 / self.half_life)
+        setattr(self.model, AVERAGE, {name: old.lerp(now[name], weight) for name, old in average.items()})
+
+    def _on_training_end(self) -> None:
+        self._on_rollout_start()
 
 
 class _CheckpointCallback(BaseCallback):

@@ -48,7 +48,8 @@ class VectorEnvAdapter(VecEnv):
             listed[i] = {key: value[i] for key, value in final.items() if not key.startswith("_")}
             listed[i]["terminal_observation"] = infos["final_obs"][i]
             listed[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
-            listed[i]["episode"] = {"r": float(self._returns[i]), "l": int(self._lengths[i])}
+            whole = final["return"][i] if "return" in final else self._returns[i]  # of the run, whatever is rewarded
+            listed[i]["episode"] = {"r": float(whole), "l": int(self._lengths[i])}
         self._returns[done], self._lengths[done] = 0, 0
         return observations, rewards, done, listed
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
 
+from torch import nn
 from torch.nn.functional import mse_loss
 
 from rlsched.envs.networks import MLP, ConvNet, NoisyQuadratic, Recurrent, Transformer, TwoHeads
@@ -20,32 +22,40 @@ from rlsched.envs.sources import (
     TeacherRegression,
     TeacherStudent,
 )
-from rlsched.envs.stored import bundled
+from rlsched.envs.stored import SourceCode, bundled
 from rlsched.envs.tasks import InnerTask, SetupDistribution, multitask_loss, next_token_loss, quadratic_loss
 
 
 def classifier(source: Prototypes | TeacherStudent, hidden: tuple[int, ...], **options: Any) -> InnerTask:
     """A perceptron with `hidden` units on a source of labelled vectors. Options are those of `MLP` and `InnerTask`."""
-    shape = {key: options.pop(key) for key in ("activation", "layer_norm", "dropout") if key in options}
+    shape = {key: options.pop(key) for key in ("activation", "layer_norm", "dropout", "rescaled") if key in options}
     return InnerTask(partial(MLP, source.inputs, hidden, source.classes, **shape), source, **options)
 
 
-def digits(hidden: tuple[int, ...] = (32, 32), **options: Any) -> InnerTask:
+def digits(hidden: tuple[int, ...] = (32, 32), *, points: tuple[int, int] | None = None, **options: Any) -> InnerTask:
     """A perceptron on scikit-learn's 1,797 handwritten digits, a fifth of which, drawn anew, validates."""
-    return InnerTask(partial(MLP, 64, hidden, 10), bundled("digits"), **options)
+    return InnerTask(partial(MLP, 64, hidden, 10), bundled("digits", points=points), **options)
 
 
-def language_model(network: type[Recurrent] | type[Transformer], source: Markov | Copying, **options: Any) -> InnerTask:
+def language_model(
+    network: Callable[..., nn.Module], source: Markov | Copying | SourceCode, **options: Any
+) -> InnerTask:
     """A network of 16 units that predicts the next token of sequences from a source."""
     shape: dict[str, Any] = {"length": source.length} if network is Transformer else {}
     return InnerTask(partial(network, source.tokens, width=16, **shape), source, next_token_loss, **options)
 
 
-_every = SetupDistribution(optimizers={"SGD": 4, "Nesterov": 1, "Adam": 1, "AdamW": 3, "RMSprop": 1})
+_every = SetupDistribution(
+    optimizers={"SGD": 4, "Nesterov": 1, "Adam": 1, "AdamW": 3, "RMSprop": 1}, no_momentum=0.25, clipping=0.2
+)
+# Language models are often trained without momentum, at high learning rates that a clip keeps in check.
+_language = replace(_every, no_momentum=0.4, clipping=0.4)
 
 FAMILIES: dict[str, InnerTask] = {
-    "quadratic": InnerTask(partial(NoisyQuadratic, 32), Noise(), quadratic_loss, (4, 32), setup=_every),
-    "mlp": classifier(TeacherStudent(inputs=24), (32, 32), batch_size=(8, 32), setup=_every),
+    "quadratic": InnerTask(
+        partial(NoisyQuadratic, 32), Noise(), quadratic_loss, (4, 32), setup=_every, reward_scale=1.2
+    ),
+    "mlp": classifier(TeacherStudent(inputs=24), (32, 32), batch_size=(4, 32), setup=_every, reward_scale=0.7),
     "mlp-deep": classifier(TeacherStudent(inputs=16, classes=5), (24, 24, 24), activation="gelu", setup=_every),
     "mlp-wide": classifier(Prototypes(inputs=64, classes=10), (48, 48), interval=4, setup=_every),
     "mlp-tanh": classifier(Prototypes(inputs=24), (32, 32), activation="tanh", interval=5, setup=_every),
@@ -53,29 +63,91 @@ FAMILIES: dict[str, InnerTask] = {
         Prototypes(inputs=40, classes=10), (48, 24), layer_norm=True, batch_size=24, interval=16, setup=_every
     ),
     "mlp-dropout": classifier(Prototypes(inputs=32, classes=10), (48, 48), dropout=0.4, setup=_every),
+    "mlp-rescaled": classifier(
+        TeacherStudent(inputs=20, classes=6),
+        (32, 32),
+        rescaled=True,
+        batch_size=(4, 32),
+        setup=_every,
+        reward_scale=0.8,
+    ),
+    "mlp-long": classifier(
+        Prototypes(inputs=24), (24, 24), rescaled=True, batch_size=8, interval=40, setup=_every, reward_scale=1.2
+    ),
+    "mlp-by-heart": classifier(
+        TeacherStudent(points=(64, 512), inputs=24), (64, 64), batch_size=(4, 16), interval=12, setup=_every
+    ),
+    "digits": digits((48, 32), points=(128, 1437), batch_size=(8, 32), interval=12, setup=_every, reward_scale=2),
     "regression": InnerTask(
         partial(MLP, 24, (32, 32), 1), TeacherRegression(), mse_loss, batch_size=(8, 32), setup=_every
     ),
     "regression-tanh": InnerTask(
-        partial(MLP, 12, (24, 24), 3, activation="tanh"),
+        partial(MLP, 12, (24, 24), 3, activation="tanh", rescaled=True),
         TeacherRegression(inputs=12, outputs=3),
         mse_loss,
         interval=6,
         setup=_every,
+        reward_scale=1.3,
+    ),
+    "regression-by-heart": InnerTask(
+        partial(MLP, 10, (48, 48), 1),
+        bundled("diabetes", points=(32, 354)),
+        mse_loss,
+        batch_size=(8, 16),
+        setup=_every,
     ),
     "two-heads": InnerTask(
-        partial(TwoHeads, 24, (32, 32), 6), TeacherMultitask(classes=6), multitask_loss, interval=8, setup=_every
+        partial(TwoHeads, 24, (32, 32), 6),
+        TeacherMultitask(classes=6),
+        multitask_loss,
+        interval=8,
+        setup=_every,
+        reward_scale=0.8,
     ),
     "autoencoder": InnerTask(
-        partial(MLP, 32, (24, 8, 24), 32), Reconstruction(inputs=32), mse_loss, batch_size=16, setup=_every
+        partial(MLP, 32, (24, 8, 24), 32),
+        Reconstruction(inputs=32),
+        mse_loss,
+        batch_size=16,
+        setup=_every,
+        reward_scale=2,
     ),
-    "conv": InnerTask(partial(ConvNet, 1, 8, (8, 16), 8), Images(), batch_size=16, interval=6, setup=_every),
+    "conv": InnerTask(
+        partial(ConvNet, 1, 8, (8, 16), 8), Images(), batch_size=16, interval=6, setup=_every, reward_scale=2
+    ),
     "conv-batch-norm": InnerTask(
-        partial(ConvNet, 3, 8, (8, 16), 8, batch_norm=True), Images(channels=3), batch_size=16, interval=6, setup=_every
+        partial(ConvNet, 3, 8, (8, 16), 8, batch_norm=True),
+        Images(channels=3),
+        batch_size=16,
+        interval=6,
+        setup=_every,
+        reward_scale=2.5,
     ),
-    "recurrent": language_model(Recurrent, Markov(tokens=8, length=10), batch_size=8, interval=6, setup=_every),
-    "attention": language_model(Transformer, Markov(length=12), batch_size=8, interval=8, setup=_every),
-    "attention-copying": language_model(Transformer, Copying(length=12), batch_size=8, interval=10, setup=_every),
+    "recurrent": language_model(
+        Recurrent, Markov(tokens=8, length=10), batch_size=8, interval=6, setup=_language, reward_scale=0.3
+    ),
+    "recurrent-source-code": language_model(
+        Recurrent,
+        SourceCode(length=12, symbols=48, validation_points=96),
+        batch_size=8,
+        interval=6,
+        setup=_language,
+        reward_scale=0.5,
+    ),
+    "attention": language_model(
+        Transformer, Markov(length=12), batch_size=8, interval=8, setup=_language, reward_scale=0.2
+    ),
+    "attention-copying": language_model(
+        Transformer, Copying(length=12), batch_size=8, interval=10, setup=_language, reward_scale=0.8
+    ),
+    "attention-source-code": language_model(
+        Transformer,
+        SourceCode(length=12, symbols=48, validation_points=96),
+        batch_size=8,
+        interval=8,
+        setup=_language,
+        reward_scale=0.4,
+    ),
 }
 
 MIXTURES: dict[str, tuple[InnerTask, ...]] = {

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 T = TypeVar("T")
 
@@ -37,6 +38,28 @@ class Dropout(nn.Module):
         return x * kept / (1 - self.rate)
 
 
+class Rescaled(nn.Module):
+    """A linear layer that trains its weights and biases in a unit of their own, each drawn with the initial weights.
+
+    It computes what the layer does; but a step of SGD is the square of the unit as large, one of Adam the unit, so that
+    layers want learning rates of their own, as they do in many networks. In half of the networks all units are 1. From
+    Metz et al. (2022), "VeLO: Training Versatile Learned Optimizers by Scaling Up".
+    """
+
+    units: Tensor
+
+    def __init__(self, linear: nn.Linear, most: float = 3.0) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("units", torch.exp(math.log(most) * (2 * torch.rand(2) - 1) * torch.randint(2, ())))
+        with torch.no_grad():
+            linear.weight /= self.units[0]
+            linear.bias /= self.units[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.units[0] * self.linear.weight, self.units[1] * self.linear.bias)
+
+
 class MLP(nn.Sequential):
     """A perceptron with He-normal weights.
 
@@ -45,6 +68,7 @@ class MLP(nn.Sequential):
         activation: "relu", "tanh" or "gelu".
         layer_norm: normalise before each activation.
         dropout: the most that is dropped after an activation, see `Dropout`.
+        rescaled: whether each layer is `Rescaled`.
     """
 
     def __init__(
@@ -56,18 +80,20 @@ class MLP(nn.Sequential):
         activation: str = "relu",
         layer_norm: bool = False,
         dropout: float = 0.0,
+        rescaled: bool = False,
     ) -> None:
         widths = [inputs, *hidden, outputs]
         if min(widths) < 1:
             raise ValueError(f"inputs, hidden and outputs must be widths of at least 1, got {widths}")
         kind = _one_of("activation", ACTIVATIONS, activation)
+        scaled: Callable[[nn.Linear], nn.Module] = Rescaled if rescaled else lambda linear: linear
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths[:-1]):
-            layers += [_linear(fan_in, fan_out)]
+            layers += [scaled(_linear(fan_in, fan_out))]
             layers += [nn.LayerNorm(fan_out)] if layer_norm else []
             layers += [kind()]
             layers += [Dropout(dropout)] if dropout else []
-        super().__init__(*layers, _linear(widths[-2], outputs))
+        super().__init__(*layers, scaled(_linear(widths[-2], outputs)))
 
 
 class TwoHeads(nn.Module):

@@ -14,7 +14,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from numpy.random import Generator
+from numpy.random import Generator, SeedSequence
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -58,7 +58,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
     the sum never falls below −2, however badly the run went, nor rises above 20, even where the loss underflows. The
     loss is the one that `reward` names: "validation", measured every `validation_interval` windows of the task; "best",
     the lowest of these so far, which is what a user has who keeps the best checkpoint; or "training", the mean of the
-    window's mini-batches.
+    window's mini-batches. Rewards are divided by the task's `reward_scale`.
 
     ## Episode
     Starts with one inner step far below the base learning rate, whose measurements are the first observation (see
@@ -66,15 +66,16 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
     1. Termination: the run has had all its inner steps. (Not a truncation: nothing is to be gained after it.)
     2. Termination: the training or validation loss or a weight is not finite. The return is then −2.
     3. Termination: the task's `patience` is at its end: so many validations have brought no new best loss.
+    Clones end together: one that is over waits for the others, without a reward.
 
     ## Info
     Of each control by its name what it came to, in the terms of torch's optimizer: `lr` at the start of the window,
     `momentum`, `clip` (multiple of the average gradient norm); `train_loss` (mean of the window, without the loss
     scale), `validation_loss` (the last measured), `best_validation_loss` and `best_inner_steps`, where it was measured,
     `since_best` (validations since then), `inner_steps`, `total_steps`, `adaptive`, `diverged` (1 where the episode
-    ended in the second way): arrays of shape (num_envs,). Where an episode ended, `final_obs` and `final_info` hold its
-    last observation and info, and the observation is already the first of the next episode
-    (`AutoresetMode.SAME_STEP`).
+    ended in the second way), `return` (of the episode so far, not scaled): arrays of shape (num_envs,). Where an
+    episode ended, `final_obs` and `final_info` hold its last observation and info, and the observation is already the
+    first of the next episode (`AutoresetMode.SAME_STEP`).
 
     Args:
         num_envs: number of inner training runs.
@@ -93,9 +94,13 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         device: where the networks are trained; what comes and goes are NumPy arrays all the same.
         autoreset: whether an ended run is followed by a new episode in the same step. Without it, a run that ended
             means nothing until `reset`.
+        clones: so many runs in a row are a set, whose episodes are the same in all but the actions: what differs is
+            what these made of it, without the luck of the draw. `num_envs` is a multiple of it; it is set i that has
+            the task i modulo their number.
 
-    `reset(seed=s)` seeds run i with s + i and determines everything that follows, whatever `num_envs` is; but the masks
-    of dropout, which are drawn for all runs of a task at once, are others where their number is another.
+    `reset(seed=s)` seeds run i with s + i (with clones, set i) and determines everything that follows, whatever
+    `num_envs` is; but the masks of dropout, which are drawn for all runs of a task at once, are others where their
+    number is another.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -114,9 +119,9 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         compile: bool = False,
         device: str | torch.device = "cpu",
         autoreset: bool = True,
+        clones: int = 1,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        check_sets(num_envs, clones)
         if reward not in REWARDS:
             raise ValueError(f"reward must be one of {REWARDS}, got {reward!r}")
         if trust is not None and not trust > 1:
@@ -138,17 +143,21 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
 
         family = mixture(tasks)
         self._groups = []
-        for i, task in enumerate(family[:num_envs]):
-            training = InnerTraining(task, len(range(i, num_envs, len(family))), compile=compile, device=device)
-            self._groups.append(_Group(training, i, len(family), reward, interface, math.log(trust or math.inf)))
-        self._rngs: list[Generator] = [np.random.default_rng() for _ in range(num_envs)]
+        members = np.arange(num_envs).reshape(-1, clones)
+        reach = math.log(trust or math.inf)
+        for i, task in enumerate(family[: len(members)]):
+            index = members[i :: len(family)].ravel()
+            training = InnerTraining(task, len(index), compile=compile, device=device)
+            self._groups.append(_Group(training, index, clones, reward, interface, reach))
+        self._clones = clones
+        self._rngs = [rng for seed in SeedSequence().spawn(len(members)) for rng in _equal_generators(seed, clones)]
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        for i, s in enumerate(seeds_of(seed, self.num_envs)):
+        for i, s in enumerate(seeds_of(seed, self.num_envs, self._clones)):
             if s is not None:
-                self._rngs[i] = np.random.default_rng(s)
+                self._rngs[i * self._clones : (i + 1) * self._clones] = _equal_generators(s, self._clones)
         for group in self._groups:
             group.begin(list(range(group.training.size)), self._rngs, self._safe_start)
         return self._gather("observation"), self._infos()
@@ -246,13 +255,14 @@ class _Interface(NamedTuple):
 
 
 class _Group:
-    """The runs that share an inner task: environments `first`, `first + stride`, and so on."""
+    """The runs that share an inner task: the environments of these numbers, in sets of clones."""
 
     def __init__(
-        self, training: InnerTraining, first: int, stride: int, reward: str, interface: _Interface, reach: float
+        self, training: InnerTraining, index: Array, clones: int, reward: str, interface: _Interface, reach: float
     ) -> None:
         self.training = training
-        self.index = slice(first, None, stride)
+        self.index = index
+        self._clones = clones
         self._rewarded = reward
         self._interface = interface
         n, device = training.size, training.device
@@ -263,6 +273,7 @@ class _Group:
         self.observation = torch.zeros(n, len(interface.observations), device=device)
         self.reward = zeros()
         self.done = torch.ones(n, dtype=torch.bool, device=device)
+        self.over = self.done.clone()  # those that are done, or wait for their clones
         self.finite = self.done.clone()  # whether the losses and weights are
         self._reach = torch.full((n,), reach, device=device)
         self.run = training.run()._replace(reach=self._reach)
@@ -273,13 +284,12 @@ class _Group:
         self.train_loss = zeros()
         self.validation = unseen(zeros())
         self.windows = zeros()  # done in the episode
-        self.drop = zeros()  # sum of the episode's rewards
+        self.drop = zeros()  # the episode's return so far
 
     def begin(self, slots: list[int], rngs: list[Generator], safe_start: bool) -> None:
         """Start new episodes: draw them, take the first inner step, observe it."""
         training, interface = self.training, self._interface
-        own = rngs[self.index]
-        training.begin(slots, [own[slot] for slot in slots])
+        training.begin(slots, [rngs[self.index[slot]] for slot in slots])
         self.run, self.base = training.run()._replace(reach=self._reach), _base(training)
         run, base = training.run(slots)._replace(reach=self._reach[slots]), _base(training, slots)
         state = schedule.begin(run, base, probing=safe_start)
@@ -302,7 +312,7 @@ class _Group:
         self.first_loss[slots] = train_loss if self._rewarded == "training" else validation.loss
         for counted in (self.windows, self.drop, self.reward):
             counted[slots] = 0.0
-        self.done[slots], self.finite[slots] = False, True
+        self.done[slots], self.over[slots], self.finite[slots] = False, False, True
 
     def step(self, actions: Tensor) -> None:
         """One decision and the window of inner training that follows it."""
@@ -327,11 +337,17 @@ class _Group:
         losses = {"validation": self.validation.loss, "best": self.validation.best, "training": self.train_loss}
         drop = (self.first_loss / losses[self._rewarded].clamp(min=0)).log().clamp(-WORST_RISE, BEST_FALL)
         drop = torch.where(finite & drop.isfinite(), drop, -WORST_RISE)
-        self.reward = drop - self.drop
+        drop = torch.where(self.over, self.drop, drop)
+        self.reward = (drop - self.drop) / training.task.reward_scale
         self.drop = drop
-        self.finite, self.done = finite, ~finite | ended
+        self.finite &= finite | self.over
+        self.over = self.over | ~finite | ended
         if training.task.patience is not None:
-            self.done |= self.validation.since_best >= training.task.patience
+            self.over |= self.validation.since_best >= training.task.patience
+        self.done = self.over
+        if self._clones > 1:
+            together = self.over.unflatten(0, (-1, self._clones)).all(1)
+            self.done = together.repeat_interleave(self._clones)
 
     def _validate(self, step: Tensor, ended: Tensor) -> None:
         """Measure the validation loss of the networks whose turn it is, after so many inner steps."""
@@ -356,6 +372,7 @@ class _Group:
             "total_steps": self.run.total_steps,
             "adaptive": self.run.adaptive,
             "diverged": ~self.finite,
+            "return": self.drop,
         }
 
     def _as_reported(self, moments: Moments, slots: Slots = ALL) -> Moments:
@@ -415,22 +432,41 @@ def checked_actions(actions: Array, shape: tuple[int, ...] | None) -> Array:
     return actions
 
 
-def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int) -> list[int | None]:
-    """One seed per environment: counted up from an int, or as they are given.
+def check_sets(num_envs: int, clones: int) -> None:
+    """
+    Raises:
+        ValueError: so many environments are no sets of so many clones.
+    """
+    if num_envs < 1:
+        raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+    if clones < 1 or num_envs % clones:
+        raise ValueError(f"clones must be at least 1 and divide num_envs ({num_envs}), got {clones}")
+
+
+def seeds_of(seed: int | Sequence[int | None] | None, num_envs: int, clones: int = 1) -> list[int | None]:
+    """One seed per set of clones: counted up from an int, or those of the first clones where each has one.
 
     Raises:
         ValueError: one is negative, or they are not as many as the environments.
     """
+    sets = num_envs // clones
     if seed is None:
-        return [None] * num_envs
+        return [None] * sets
     if isinstance(seed, (int, np.integer)):
-        seed = [int(seed) + i for i in range(num_envs)]
-    if len(seed) != num_envs:
+        seed = [int(seed) + i for i in range(sets)]
+    elif len(seed) != num_envs:
         raise ValueError(f"seed must be an int or {num_envs} seeds, got {len(seed)}")
+    else:
+        seed = seed[::clones]
     negative = [s for s in seed if s is not None and s < 0]
     if negative:
         raise ValueError(f"seed must be non-negative, got {negative[0]}")
     return list(seed)
+
+
+def _equal_generators(seed: int | SeedSequence, number: int) -> list[Generator]:
+    """Of clones, which draw the same."""
+    return [np.random.default_rng(seed) for _ in range(number)]
 
 
 def _single(infos: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from rlsched.envs.mixtures import mixture
-from rlsched.envs.scheduling import Array, SchedulingVectorEnv, checked_actions, seeds_of
+from rlsched.envs.scheduling import Array, SchedulingVectorEnv, check_sets, checked_actions, seeds_of
 from rlsched.envs.tasks import InnerTask
 
 GRACE = 0.25  # seconds that worker processes have to end
@@ -225,7 +225,7 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
     The processes are spawned, so a script that makes one does so under `if __name__ == "__main__":`.
 
     Args:
-        num_envs, tasks, options: those of `SchedulingVectorEnv`.
+        num_envs, tasks, clones, options: those of `SchedulingVectorEnv`.
         processes: shards, each with a near-equal part of the runs.
         transport: where the shards live: `Processes`, each in a worker process with one thread; `Inline`, in this
             process, for debugging; or anything that makes a `Transport`.
@@ -240,29 +240,32 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         *,
         processes: int = 2,
         transport: Callable[[Sequence[Make]], Transport] = Processes,
+        clones: int = 1,
         **options: Any,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        if not 1 <= processes <= num_envs:
-            raise ValueError(f"processes must be between 1 and num_envs ({num_envs}), got {processes}")
+        check_sets(num_envs, clones)
+        sets = num_envs // clones
+        if not 1 <= processes <= sets:
+            each = "num_envs" if clones == 1 else "num_envs / clones"
+            raise ValueError(f"processes must be between 1 and {each} ({sets}), got {processes}")
         if not callable(transport):
             raise ValueError(f"transport must be Processes, Inline or what else makes a Transport, got {transport!r}")
         family = mixture(tasks)
-        bounds = np.linspace(0, num_envs, processes + 1).round().astype(int).tolist()
+        bounds = (clones * np.linspace(0, sets, processes + 1).round().astype(int)).tolist()
         self._shards = [slice(a, b) for a, b in pairwise(bounds)]
         self._sizes = [b - a for a, b in pairwise(bounds)]
         makes = []
         for shard, size in zip(self._shards, self._sizes, strict=True):
-            first = shard.start % len(family)  # run i keeps the task i modulo their number
-            makes.append(partial(SchedulingVectorEnv, size, family[first:] + family[:first], **options))
+            first = shard.start // clones % len(family)  # set i keeps the task i modulo their number
+            tasks = family[first:] + family[:first]
+            makes.append(partial(SchedulingVectorEnv, size, tasks, clones=clones, **options))
         self._transport = transport(makes)
         try:
             opened = self._ask("open", [None] * processes)[0]
         except BaseException:
             self.close()
             raise
-        self.num_envs = num_envs
+        self.num_envs, self._clones = num_envs, clones
         self.single_observation_space, self.single_action_space, self.metadata = opened
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -270,7 +273,8 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
-        observations, infos = join(self._ask("reset", split(seeds_of(seed, self.num_envs), self._shards)), self._sizes)
+        seeds = [s for s in seeds_of(seed, self.num_envs, self._clones) for _ in range(self._clones)]
+        observations, infos = join(self._ask("reset", split(seeds, self._shards)), self._sizes)
         return observations, infos
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sized
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,8 @@ from rlsched.envs.draws import check_ranges, log_uniform
 from rlsched.envs.sources import Array, Points, standardised
 
 # Points in each of scikit-learn's bundled data sets.
+# Modules of Python whose source code is a text that every machine has.
+SOURCES = ("argparse", "ast", "configparser", "dataclasses", "datetime", "doctest", "inspect", "pathlib", "typing")
 BUNDLED: Mapping[str, int] = {"breast_cancer": 569, "diabetes": 442, "digits": 1797, "iris": 150, "wine": 178}
 
 
@@ -119,6 +124,54 @@ def bundled(name: str, *, points: tuple[int, int] | None = None, validation_poin
     "diabetes", (points, 1), the one regression. The rest are labels.
     """
     return Bundled(name, points, validation_points)
+
+
+class SourceCode(Stored):
+    """Source code of Python's own modules (`SOURCES`), of the version that runs, for language models of characters.
+
+    Points are `count` pieces of it, (length,) int64, at equal distances; they are their own targets. Characters are
+    numbers from 0, the most frequent first; the last one stands for all that are rarer. It is read when it is first
+    used.
+
+    Args:
+        length: characters in a point.
+        symbols: how many there are.
+        count: number of points.
+        points, validation_points: as in `Stored`.
+    """
+
+    def __init__(
+        self,
+        length: int = 16,
+        symbols: int = 64,
+        count: int = 8192,
+        *,
+        points: tuple[int, int] | None = None,
+        validation_points: int | None = None,
+    ) -> None:
+        if length < 2 or symbols < 2:
+            raise ValueError(f"length and symbols must be at least 2, got {length} and {symbols}")
+        self.length, self.tokens = length, symbols
+        self._split(count, points, validation_points)
+
+    def _load(self) -> tuple[Tensor, Tensor]:
+        pieces = _read_source_code(self.length, self.tokens, self.count)
+        return pieces, pieces
+
+
+@lru_cache
+def _read_source_code(length: int, symbols: int, count: int) -> Tensor:
+    """
+    Raises:
+        FileNotFoundError: this Python has come without its source code.
+    """
+    sources = [spec.origin for spec in map(find_spec, SOURCES) if spec is not None and spec.has_location]
+    text = "".join(Path(str(origin)).read_text(encoding="utf-8") for origin in sources)
+    frequent = [character for character, _ in Counter(text).most_common(symbols - 1)]
+    numbers = {character: i for i, character in enumerate(frequent)}
+    tokens = torch.tensor([numbers.get(character, symbols - 1) for character in text])
+    starts = torch.linspace(0, len(tokens) - length, count).long()
+    return tokens[starts[:, None] + torch.arange(length)].contiguous()
 
 
 @lru_cache

@@ -34,6 +34,7 @@ class TrainingSetup(NamedTuple):
     batch_size: int
     loss_scale: float  # factor on the loss
     gain: float  # factor on the initial weights
+    max_grad_norm: float  # of the user's own clipping, before anything is measured; infinite without
     loss_reported: bool  # whether the policy sees the loss
     validation_reported: bool  # and the validation losses
 
@@ -55,6 +56,10 @@ class SetupDistribution:
         (3e-5, 0.3), "base lr of Adam and AdamW, and of RMSprop without momentum"
     )
     weight_decay: tuple[float, float] = setting((1e-5, 1e-2), "in half of the episodes, else 0")
+    clipping: float = setting(0.0, "probability that the script clips the gradient norm itself")
+    max_grad_norm: tuple[float, float] = setting(
+        (0.05, 5.0), "to what, over the loss scale; SGD's base lr is then higher by as much as this is below 1"
+    )
     no_momentum: float = setting(
         0.05, "probability that SGD runs without momentum; RMSprop does in half of the episodes"
     )
@@ -67,8 +72,8 @@ class SetupDistribution:
     )
 
     def __post_init__(self) -> None:
-        check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay", "loss_scale", "gain")
-        check_probabilities(self, "no_momentum", "other_momentum", "no_loss", "no_validation")
+        check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay", "loss_scale", "gain", "max_grad_norm")
+        check_probabilities(self, "clipping", "no_momentum", "other_momentum", "no_loss", "no_validation")
         weights = self.optimizers.values()
         if not set(self.optimizers) <= set(OPTIMIZERS) or not weights or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"optimizers must give some of {list(OPTIMIZERS)} a weight, got {dict(self.optimizers)}")
@@ -86,8 +91,10 @@ class SetupDistribution:
         if may_lack_momentum and rng.random() < (0.5 if adaptive else self.no_momentum):
             momentum = 0.0
         lr = log_uniform(rng, *(self.adaptive_lr if adaptive else self.sgd_lr)) / growth(momentum, sums_gradients)
+        clips = self.clipping > 0 and rng.random() < self.clipping
+        clip = log_uniform(rng, *self.max_grad_norm) if clips else math.inf
         if not adaptive:
-            lr /= 0.1 * loss_scale
+            lr /= 0.1 * loss_scale * min(1.0, clip)
         return TrainingSetup(
             decisions=decisions,
             optimizer=optimizer,
@@ -97,6 +104,7 @@ class SetupDistribution:
             batch_size=int(rng.choice(batch_sizes)),
             loss_scale=loss_scale,
             gain=log_uniform(rng, *self.gain),
+            max_grad_norm=loss_scale * clip,
             loss_reported=(told := rng.random()) >= self.no_loss,
             validation_reported=told >= self.no_loss + (1 - self.no_loss) * self.no_validation,
         )
@@ -125,6 +133,8 @@ class InnerTask:
         setup: how the episodes train.
         validation_interval: windows between two validations. There is one at the start and one at the end of a run.
         patience: the run ends after so many validations in a row without a new best loss; never by default.
+        reward_scale: rewards are divided by it. Where families differ in how far the log loss of a run can differ, it
+            keeps those that differ most from being all that is learned.
 
     Raises:
         ValueError: a value is out of its range, or inputs and targets differ in length.
@@ -139,6 +149,7 @@ class InnerTask:
     setup: SetupDistribution = field(default_factory=SetupDistribution)
     validation_interval: int = 1
     patience: int | None = None
+    reward_scale: float = 1.0
     source: Source = field(init=False, repr=False)  # what `data` came to
 
     def __post_init__(self) -> None:
@@ -155,6 +166,8 @@ class InnerTask:
             raise ValueError(f"batch_size must be at least 1, or (smallest, largest), got {self.batch_size}")
         if self.patience is not None:
             check_at_least(1, self, "patience")
+        if not 0 < self.reward_scale < math.inf:
+            raise ValueError(f"reward_scale must be positive and finite, got {self.reward_scale}")
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:

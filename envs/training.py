@@ -69,6 +69,7 @@ class Settings(NamedTuple):
     momentum: Tensor  # base momentum
     weight_decay: Tensor
     loss_scale: Tensor
+    max_grad_norm: Tensor  # of the script's own clipping, which comes before all that is measured
     loss_reported: Tensor  # 1 where the policy sees the loss, else 0
     validation_reported: Tensor  # and the validation losses
     points: Tensor  # training points, int64
@@ -226,6 +227,8 @@ class InnerTraining:
             "clip": hyperparameters["clip"],
             "loss_scale": settings.loss_scale,
         }
+        if self.task.setup.clipping > 0:
+            coefficients["max_grad_norm"] = settings.max_grad_norm
         names = tuple(coefficients)
         table = torch.stack([c.expand(steps, -1) for c in coefficients.values()], 1)[..., None]
         rows = []
@@ -261,6 +264,9 @@ class InnerTraining:
         c = dict(zip(names, table.unbind(), strict=True))
         grad, loss, changed = self._stack.gradient(params, buffers, inputs, targets, c["loss_scale"][:, 0])
         grad_norm = torch.linalg.vector_norm(grad, dim=-1)
+        if "max_grad_norm" in c:
+            own = (c["max_grad_norm"][:, 0] / grad_norm.clamp(min=1e-12)).clamp(max=1)
+            grad, grad_norm = grad * own[:, None], grad_norm * own
         coefficient = moments.clip_coefficient(grad_norm, average, c["clip"][:, 0])
         values = dict.fromkeys(Moments._fields, loss)
         values |= {"grad_norm": grad_norm, "clipped": (coefficient < 1).float(), "grad_square": grad_norm.square()}

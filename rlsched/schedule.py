@@ -145,10 +145,12 @@ def with_lr(state: ScheduleState, lr: Number) -> ScheduleState:
 # measured. Updates are proportional to the learning rate, whatever the optimizer, so the probe tells what a step at
 # the full base learning rate would have done. If that step promised to take away more than MAX_DECREASE of the loss,
 # or a step with all of its momentum to move the weights by more than MAX_UPDATE of their norm, the run starts from
-# the learning rate that stays within both limits. The usual default learning rates do, or nearly.
+# the learning rate that stays within both limits. The usual default learning rates do, or nearly. The start is at START
+# times that at most: what a high start does to a network is not always recovered; a low one costs a decision or two.
 
 LOG_PROBE = -7.0
 PROBE = math.exp(LOG_PROBE)  # factor on the base learning rate in the probe
+START = 0.3
 MAX_DECREASE = 0.3  # of the loss, as predicted to first order
 MAX_UPDATE = 0.1  # of the norm of the weights
 
@@ -184,6 +186,7 @@ def safe_offset(predicted_decrease: Number, update_ratio: Number, growth: Number
 
 
 def start(state: ScheduleState, offset: Number) -> ScheduleState:
-    """The state after the probe: the lr control at a `safe_offset`, as far down as it reaches, and not above it."""
+    """The state after the probe: the lr control at START times a `safe_offset`, or at its origin."""
     allowed = clamp(offset, LR.low, LR.high)
-    return with_lr(state, clamp(allowed, high=0.0))._replace(ceiling=allowed, probing=0 * state.probing)
+    low = clamp(allowed + math.log(START), LR.low, 0.0)
+    return with_lr(state, low)._replace(ceiling=allowed, probing=0 * state.probing)

@@ -41,6 +41,7 @@ INFOS = {
     "total_steps",
     "adaptive",
     "diverged",
+    "return",
 }
 SUBSETS = [  # of observations and controls
     (OBSERVATION_NAMES, CONTROL_NAMES[:1]),
