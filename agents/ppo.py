@@ -240,13 +240,18 @@ class _AveragingCallback(BaseCallback):
     def _on_step(self) -> bool:
         return True
 
-    def _on_rollout_start(self) -> None:  # after an update
-        if self.half_life == 0:
+    def _on_training_start(self) -> None:
+        self.updates = self.model._n_updates
+
+    def _on_rollout_start(self) -> None:
+        average, updates = getattr(self.model, AVERAGE, None), self.model._n_updates
+        if self.half_life == 0 or (average is not None and updates == self.updates):
             return
+        self.updates = updates
         now = actor_weights(self.model)
-        average = getattr(self.model, AVERAGE, None) or now
         weight = 1 - 0.5 ** (1 / self.half_life)
-        setattr(self.model, AVERAGE, {name: old.lerp(now[name], weight) for name, old in average.items()})
+        averaged = {name: old.lerp(now[name], weight) for name, old in (average or now).items()}
+        setattr(self.model, AVERAGE, averaged)
 
     def _on_training_end(self) -> None:
         self._on_rollout_start()

@@ -1,7 +1,7 @@
 """Write the pages that are tables of what the code does: docs/spec.md and docs/tasks.md."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
@@ -121,6 +121,8 @@ def _call(made: Any) -> str:
     """A factory or a source as the call that makes it, without what is default."""
     if isinstance(made, partial):
         name, values, options = made.func.__name__, made.args, made.keywords
+    elif not is_dataclass(made):
+        return f"`{made!r}`"
     else:
         name, values = type(made).__name__, ()
         options = {f.name: getattr(made, f.name) for f in fields(made) if getattr(made, f.name) != f.default}

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -226,7 +225,8 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
 
     Args:
         num_envs, tasks, clones, options: those of `SchedulingVectorEnv`.
-        processes: shards, each with a near-equal part of the runs.
+        processes: shards, each with a near-equal part of the tasks; or of the runs, where there are fewer tasks: a
+            stack of many networks is trained in less time than two of half as many.
         transport: where the shards live: `Processes`, each in a worker process with one thread; `Inline`, in this
             process, for debugging; or anything that makes a `Transport`.
     """
@@ -251,14 +251,21 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         if not callable(transport):
             raise ValueError(f"transport must be Processes, Inline or what else makes a Transport, got {transport!r}")
         family = mixture(tasks)
-        bounds = (clones * np.linspace(0, sets, processes + 1).round().astype(int)).tolist()
-        self._shards = [slice(a, b) for a, b in pairwise(bounds)]
-        self._sizes = [b - a for a, b in pairwise(bounds)]
+        self._shards: list[Array] = []  # the numbers of their runs
+        members = np.arange(num_envs).reshape(-1, clones)
+        used = family[:sets]
         makes = []
-        for shard, size in zip(self._shards, self._sizes, strict=True):
-            first = shard.start // clones % len(family)  # set i keeps the task i modulo their number
-            tasks = family[first:] + family[:first]
+        for number in range(processes):
+            if len(used) >= processes:
+                of_shard, tasks = np.arange(sets) % len(family) % processes == number, used[number::processes]
+            else:
+                of_shard = np.arange(sets) * processes // sets == number
+                first = int(of_shard.argmax()) % len(family)
+                tasks = family[first:] + family[:first]
+            self._shards.append(members[of_shard].ravel())
+            size = len(self._shards[-1])
             makes.append(partial(SchedulingVectorEnv, size, tasks, clones=clones, **options))
+        self._order = np.concatenate(self._shards).argsort()
         self._transport = transport(makes)
         try:
             opened = self._ask("open", [None] * processes)[0]
@@ -274,15 +281,18 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
         seeds = [s for s in seeds_of(seed, self.num_envs, self._clones) for _ in range(self._clones)]
-        observations, infos = join(self._ask("reset", split(seeds, self._shards)), self._sizes)
+        observations, infos = self._join(self._ask("reset", split(np.array(seeds, object), self._shards)))
         return observations, infos
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         actions = checked_actions(actions, self.action_space.shape)
-        observations, rewards, terminated, truncated, infos = join(
-            self._ask("step", split(actions, self._shards)), self._sizes
+        observations, rewards, terminated, truncated, infos = self._join(
+            self._ask("step", split(actions, self._shards))
         )
         return observations, rewards, terminated, truncated, infos
+
+    def _join(self, parts: Sequence[Any]) -> Any:
+        return join(parts, [len(shard) for shard in self._shards], self._order)
 
     def _ask(self, method: str, arguments: list[Any]) -> list[Any]:
         if self.closed:
@@ -301,25 +311,27 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         self._transport.close()
 
 
-def split(values: Any, shards: Sequence[slice]) -> list[Any]:
+def split(values: Array, shards: Sequence[Array]) -> list[Array]:
     """Each shard's part of what goes to the runs: actions or seeds."""
     return [values[shard] for shard in shards]
 
 
-def join(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+def join(parts: Sequence[Any], sizes: Sequence[int], order: Array) -> Any:
     """What one environment would have returned, from what the shards did: arrays in tuples and dicts, however nested.
+
+    `order` has where among the shards' runs, one shard after the other, each run is.
 
     An entry that only some shards have, as `final_info` where an episode ended, is blank for the runs of the others.
     """
     first = parts[0]
     if isinstance(first, tuple):
-        return tuple(join(entry, sizes) for entry in zip(*parts, strict=True))
+        return tuple(join(entry, sizes, order) for entry in zip(*parts, strict=True))
     if not isinstance(first, dict):
-        return np.concatenate(parts)
+        return np.concatenate(parts)[order]
     joined = {}
     for key, like in {key: value for part in parts for key, value in part.items()}.items():
         entry = [part[key] if key in part else _blank(like, size) for part, size in zip(parts, sizes, strict=True)]
-        joined[key] = join(entry, sizes)
+        joined[key] = join(entry, sizes, order)
     return joined
 
 

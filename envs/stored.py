@@ -89,6 +89,9 @@ class Stored:
     def _load(self) -> tuple[Tensor, Tensor]:
         return self._tensors
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.count} points)"
+
     def _split(self, count: int, points: tuple[int, int] | None, validation_points: int | None) -> None:
         """Settle how many of `count` points train and validate."""
         if count < 2:
@@ -112,6 +115,9 @@ class Bundled(Stored):
             raise ValueError(f"name must be one of {', '.join(BUNDLED)}, got {name!r}")
         self.name = name
         self._split(BUNDLED[name], points, validation_points)
+
+    def __repr__(self) -> str:
+        return f"bundled({self.name!r}, points={self.points})"
 
     def _load(self) -> tuple[Tensor, Tensor]:
         return _read(self.name)
@@ -153,6 +159,9 @@ class SourceCode(Stored):
             raise ValueError(f"length and symbols must be at least 2, got {length} and {symbols}")
         self.length, self.tokens = length, symbols
         self._split(count, points, validation_points)
+
+    def __repr__(self) -> str:
+        return f"SourceCode(length={self.length}, symbols={self.tokens})"
 
     def _load(self) -> tuple[Tensor, Tensor]:
         pieces = _read_source_code(self.length, self.tokens, self.count)

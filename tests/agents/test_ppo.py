@@ -15,7 +15,7 @@ from torch import nn
 
 from rlsched.actors import ACTORS
 from rlsched.agents import evaluate, train
-from rlsched.agents.export import export, learner, load_checkpoint
+from rlsched.agents.export import actor_weights, export, learner, load_checkpoint
 from rlsched.agents.ppo import _vector_env
 from rlsched.base_schedule import BASE_SCHEDULES, named_base_schedule
 from rlsched.envs import MIXTURES, InnerTask, SchedulingVectorEnv
@@ -266,6 +266,49 @@ def test_reward_is_for_training_and_the_validation_loss_for_the_score(make_confi
 
 
 @pytest.mark.usefixtures("_no_pictures")
+def test_advantages_are_centred_on_sets_of_clones(make_config, monkeypatch):
+    """What is common to clones is luck, and to learn from luck takes many more episodes."""
+    seen = []
+    train_once = PPO.train
+
+    def spy(model):
+        buffer = model.rollout_buffer
+        seen.append((buffer.advantages.copy(), buffer.returns - buffer.values))
+        train_once(model)
+
+    monkeypatch.setattr(PPO, "train", spy)
+    train(make_config(clones=2))
+    for advantages, whole in seen:
+        sets, of_whole = (x.reshape(len(x), -1, 2) for x in (advantages, whole))
+        np.testing.assert_allclose(sets.sum(-1), 0, atol=1e-5)
+        np.testing.assert_allclose(sets, of_whole - of_whole.mean(-1, keepdims=True), atol=1e-5)
+        assert np.abs(whole).max() > 0.01, "and the critic learns of what was not centred"
+
+
+def test_average_of_the_actor_is_exported_and_kept(make_config, monkeypatch):
+    """An average that an interruption loses begins anew from an actor that wanders about."""
+    actors = []
+    train_once = PPO.train
+
+    def spy(model):
+        if len(actors) == 3:
+            actors.append(None)
+            raise KeyboardInterrupt
+        actors.extend([] if actors else [actor_weights(model)])
+        train_once(model)
+        actors.append(actor_weights(model))
+
+    monkeypatch.setattr(PPO, "train", spy)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_config(averaging=1.0))
+    policy = train(make_config(averaging=1.0))
+    expected, *updated = [actor for actor in actors if actor is not None]
+    for now in updated:
+        expected = {name: (average + now[name]) / 2 for name, average in expected.items()}
+    assert len(updated) == 3
+    torch.testing.assert_close(policy.actor.state_dict(), expected)
+
+
 def test_damaged_checkpoint_is_named(make_config, monkeypatch):
     """A message from inside a zip file does not tell anybody what to delete."""
     config = make_config(timesteps=64)

@@ -711,6 +711,82 @@ def test_misuse_is_named(make_task):
         single.step(zeros(1)[0])
 
 
+def test_clones_differ_in_their_actions_alone(make_task, play):
+    """What tells clones apart must be what they did: a set with equal actions is one run, many times."""
+    tasks = [make_task(), make_task(hidden=(5,))]
+    single = play(SchedulingVectorEnv(4, tasks), seed=3, steps=12)
+    clones = play(SchedulingVectorEnv(12, tasks, clones=3), seed=3, steps=12, runs=np.repeat(range(4), 3))
+    for first in range(3):
+        assert_same(part(single, [0, 1, 2, 3]), part(clones, [first, first + 3, first + 6, first + 9]), **CLOSE)
+
+
+def test_clones_end_together(make_task):
+    """The next episodes of clones that did not begin together would no longer be the same."""
+    task = make_task(decisions=(6, 6), sgd_lr=(1, 1), optimizers={"SGD": 1})
+    env = SchedulingVectorEnv(4, task, clones=2, safe_start=False)
+    env.reset(seed=0)
+    actions = zeros(4)
+    actions[0, 0] = 1.0  # its learning rate rises until it diverges
+    env._groups[0].training.networks.params[0] = torch.nan
+    total, ends, later = np.zeros(4), [], []
+    for _ in range(6):
+        _, rewards, done, _, infos = env.step(actions)
+        total, ends = total + rewards, [*ends, done.tolist()]
+    assert ends == [[False] * 4] * 5 + [[True] * 4]
+    assert infos["final_info"]["diverged"].tolist() == [1, 0, 0, 0]
+    assert total[0] == infos["final_info"]["return"][0] == -2, "and nothing is earned while it waits"
+    for _ in range(3):
+        observations = env.step(zeros(4))[0]
+        later.append(observations)
+    np.testing.assert_array_equal(later[-1][0], later[-1][1])
+    assert not np.array_equal(later[-1][0], later[-1][2])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_sets_of_clones_stay_whole_in_shards(make_task, play, processes):
+    """A set that two shards share would be no set."""
+    tasks = [make_task(), make_task(hidden=(5,))]
+    whole = SchedulingVectorEnv(6, tasks, clones=2)
+    shards = ShardedVectorEnv(6, tasks, clones=2, processes=processes, transport=Inline)
+    assert_same(play(whole, seed=3, steps=12), play(shards, seed=3, steps=12), **CLOSE)
+
+
+@pytest.mark.parametrize(("num_envs", "clones"), [(6, 4), (6, 0), (2, 4)])
+def test_sets_that_do_not_fit_are_refused(make_task, num_envs, clones):
+    """A set that is not whole has another mean than the others."""
+    with pytest.raises(
+        ValueError, match=rf"clones must be at least 1 and divide num_envs \({num_envs}\), got {clones}"
+    ):
+        SchedulingVectorEnv(num_envs, make_task(), clones=clones)
+
+
+def test_scaled_rewards_are_a_part_of_the_return(make_task, play):
+    """Families are weighed by their scale, in what is learned; what is reported stays a log ratio of losses."""
+    task = make_task()
+    plain, scaled = (play(SchedulingVectorEnv(2, replace(task, reward_scale=s)), seed=0, steps=5) for s in (1.0, 4.0))
+    for (_, one, _, infos), (_, other, _, infos_too) in zip(plain, scaled, strict=True):
+        np.testing.assert_allclose(one, 4 * other, rtol=1e-5)
+        np.testing.assert_array_equal(infos["return"], infos_too["return"])
+
+
+def test_own_clipping_comes_before_what_is_measured(make_task):
+    """In deployment the script clips first, so that a policy sees norms of at most its threshold."""
+    clipped = make_task(clipping=1.0, max_grad_norm=(0.01, 0.01), loss_scale=(2.0, 2.0), optimizers={"SGD": 1})
+    env = SchedulingVectorEnv(3, clipped)
+    env.reset(seed=0)
+    window = env._groups[0].training.window
+    norms = []
+
+    def spy(*arguments):
+        moments = window(*arguments)
+        norms.append(moments.grad_norm)
+        return moments
+
+    env._groups[0].training.window = spy
+    env.step(zeros(3))
+    np.testing.assert_allclose(norms[0], 0.02, rtol=1e-4)
+
+
 def test_documentation_lists_what_there_is(make_task):
     """The tables in the documentation are what a user reads to understand TensorBoard."""
     _, infos = SchedulingVectorEnv(2, [make_task()]).reset(seed=0)
