@@ -265,7 +265,6 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
             self._shards.append(members[of_shard].ravel())
             size = len(self._shards[-1])
             makes.append(partial(SchedulingVectorEnv, size, tasks, clones=clones, **options))
-        self._order = np.concatenate(self._shards).argsort()
         self._transport = transport(makes)
         try:
             opened = self._ask("open", [None] * processes)[0]
@@ -281,18 +280,14 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
         seeds = [s for s in seeds_of(seed, self.num_envs, self._clones) for _ in range(self._clones)]
-        observations, infos = self._join(self._ask("reset", split(np.array(seeds, object), self._shards)))
+        observations, infos = join(self._ask("reset", split(np.array(seeds, object), self._shards)), self._shards)
         return observations, infos
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         actions = checked_actions(actions, self.action_space.shape)
-        observations, rewards, terminated, truncated, infos = self._join(
-            self._ask("step", split(actions, self._shards))
-        )
+        answers = self._ask("step", split(actions, self._shards))
+        observations, rewards, terminated, truncated, infos = join(answers, self._shards)
         return observations, rewards, terminated, truncated, infos
-
-    def _join(self, parts: Sequence[Any]) -> Any:
-        return join(parts, [len(shard) for shard in self._shards], self._order)
 
     def _ask(self, method: str, arguments: list[Any]) -> list[Any]:
         if self.closed:
@@ -316,22 +311,28 @@ def split(values: Array, shards: Sequence[Array]) -> list[Array]:
     return [values[shard] for shard in shards]
 
 
-def join(parts: Sequence[Any], sizes: Sequence[int], order: Array) -> Any:
+def join(parts: Sequence[Any], shards: Sequence[Array]) -> Any:
     """What one environment would have returned, from what the shards did: arrays in tuples and dicts, however nested.
 
-    `order` has where among the shards' runs, one shard after the other, each run is.
-
     An entry that only some shards have, as `final_info` where an episode ended, is blank for the runs of the others.
+
+    Args:
+        parts: of each shard.
+        shards: the numbers of their runs.
     """
+    return _joined(parts, [len(shard) for shard in shards], np.concatenate(shards).argsort())
+
+
+def _joined(parts: Sequence[Any], sizes: Sequence[int], order: Array) -> Any:
     first = parts[0]
     if isinstance(first, tuple):
-        return tuple(join(entry, sizes, order) for entry in zip(*parts, strict=True))
+        return tuple(_joined(entry, sizes, order) for entry in zip(*parts, strict=True))
     if not isinstance(first, dict):
         return np.concatenate(parts)[order]
     joined = {}
     for key, like in {key: value for part in parts for key, value in part.items()}.items():
         entry = [part[key] if key in part else _blank(like, size) for part, size in zip(parts, sizes, strict=True)]
-        joined[key] = join(entry, sizes, order)
+        joined[key] = _joined(entry, sizes, order)
     return joined
 
 
