@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,27 @@ def environment_options(policy: Policy) -> dict[str, Any]:
         "base_schedule": policy.base_schedule,
         "safe_start": policy.safe_start,
     }
+
+
+# Quantiles of the range of base learning rates, which has four to five decades: the upper three of them, by halves.
+SWEEP = (0.35, 0.46, 0.57, 0.68, 0.78, 0.89, 1.0)
+
+
+def tuned(zero: Policy, make: Callable[..., Any], *, episodes: int, seed: int) -> NDArray[np.float64]:
+    """The return of the base schedule with the best of several base learning rates, (episodes,).
+
+    It is what a policy's return is to be compared with: what a user has who tunes the learning rate of each task.
+
+    Args:
+        zero: follows the base schedule.
+        make: makes the vector environment, from the number of its runs and options of `SchedulingVectorEnv`.
+        episodes, seed: those of `evaluate`, for the same episodes.
+    """
+    clones = len(SWEEP)
+    options: dict[str, Any] = {"clones": clones, "sweep": SWEEP, **environment_options(zero)}
+    with closing(make(clones * episodes, **options)) as env:
+        returns = evaluate(zero, seed=seed, env=env).returns
+    return returns.reshape(episodes, clones).max(1)
 
 
 def evaluate(

@@ -7,11 +7,13 @@ import json
 import math
 import sys
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam, Logger, TensorBoardOutputFormat
@@ -19,12 +21,12 @@ from tqdm import tqdm
 
 from rlsched.actors import ACTORS
 from rlsched.agents.config import TrainConfig
-from rlsched.agents.evaluation import Evaluation, environment_options, evaluate
+from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, tuned
 from rlsched.agents.export import AVERAGE, CHECKPOINT, DOMAIN, INTERFACE, actor_weights, export, interface_of, learner
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.domain import Domain
-from rlsched.envs.mixtures import mixture
+from rlsched.envs.mixtures import mixture, names
 from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv, check_main_guard
 from rlsched.files import locked, write
@@ -290,6 +292,7 @@ class _EvaluationCallback(BaseCallback):
         self.updates = 0
         self.env: SchedulingVectorEnv | ShardedVectorEnv | None = None
         self.zero: Evaluation | None = None
+        self.tuned: NDArray[np.float64] | None = None  # returns of the base schedule from the best base learning rate
         self.latest: Evaluation | None = None
 
     def _on_step(self) -> bool:
@@ -313,8 +316,10 @@ class _EvaluationCallback(BaseCallback):
         self.bar.set_description("evaluating")
         if self.env is None:
             zero = SchedulePolicy.zero(config.base_schedule)
+            episodes: dict[str, int] = {"episodes": config.eval_episodes, "seed": config.eval_seed}
             with closing(_vector_env(config, config.eval_episodes, **environment_options(zero))) as env:
                 self.zero = evaluate(zero, seed=config.eval_seed, env=env)
+            self.tuned = tuned(zero, partial(_vector_env, config), **episodes)
             options = {**environment_options(policy), "trust": config.trust}
             self.env = _vector_env(config, config.eval_episodes, **options)
         self.latest = evaluate(policy, seed=config.eval_seed, env=self.env)
@@ -326,6 +331,8 @@ class _EvaluationCallback(BaseCallback):
         assert self.latest is not None and self.zero is not None
         for name, value in self.scores().items():
             self.logger.record(f"eval/{name}", value)
+        for name, regret in self.regrets().items():
+            self.logger.record(f"regret/{name}", regret)
         self.logger.record(
             "eval/episodes", Figure(episode_paths(self.latest, self.zero), close=True), exclude=("stdout", "log")
         )
@@ -335,7 +342,7 @@ class _EvaluationCallback(BaseCallback):
             self.env.close()
 
     def scores(self) -> dict[str, float]:
-        assert self.latest is not None and self.zero is not None
+        assert self.latest is not None and self.zero is not None and self.tuned is not None
         return {
             "return": self.latest.mean_return,
             "return_of_zero_policy": self.zero.mean_return,
@@ -343,7 +350,15 @@ class _EvaluationCallback(BaseCallback):
             "median_gain": float(np.median(self.latest.returns - self.zero.returns)),
             "share_better": float((self.latest.returns > self.zero.returns).mean()),
             "diverged": float(self.latest.diverged.mean()),
+            "regret": _interquartile_mean(self.tuned - self.latest.returns),
         }
+
+    def regrets(self) -> dict[str, float]:
+        """By family: the mean return that is missing to the base schedule from the best of several learning rates."""
+        assert self.latest is not None and self.tuned is not None
+        regrets, families = self.tuned - self.latest.returns, mixture(self.config.tasks)
+        played = names(families)[: len(regrets)]
+        return {name: float(regrets[i :: len(families)].mean()) for i, name in enumerate(played)}
 
     def finish(self) -> SchedulePolicy:
         """Evaluate the final policy with its domain, log it with the hyperparameters, and give it its scores."""
@@ -361,6 +376,11 @@ class _EvaluationCallback(BaseCallback):
         self.logger.dump(done)
         policy.info = {"training": {**hyperparameters, "timesteps_done": done}, "evaluation": scores}
         return policy
+
+
+def _interquartile_mean(values: NDArray[np.float64]) -> float:
+    quarter = len(values) // 4
+    return float(np.sort(values)[quarter : len(values) - quarter].mean())
 
 
 class _ProgressCallback(BaseCallback):

@@ -11,8 +11,10 @@ from numpy.random import Generator
 from torch import Tensor
 
 
-def log_uniform(rng: Generator, low: float, high: float) -> float:
-    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+def log_uniform(rng: Generator, low: float, high: float, quantile: float | None = None) -> float:
+    """A draw; or a quantile of what could have been drawn, for which `rng` moves on all the same."""
+    drawn = rng.uniform(np.log(low), np.log(high))
+    return float(np.exp(drawn if quantile is None else np.log(low) + quantile * np.log(high / low)))
 
 
 @contextmanager

@@ -165,6 +165,12 @@ MIXTURES: dict[str, tuple[InnerTask, ...]] = {
 }
 
 
+def names(tasks: Sequence[InnerTask]) -> list[str]:
+    """What the tasks are called: as in `FAMILIES`, or else by their number."""
+    known = {id(task): name for name, task in FAMILIES.items()}
+    return [known.get(id(task), f"task {i}") for i, task in enumerate(tasks)]
+
+
 def mixture(tasks: str | InnerTask | Sequence[InnerTask]) -> tuple[InnerTask, ...]:
     """The inner tasks of a mixture that is given by its name, by "module:NAME", or as one or several inner tasks.
 

@@ -97,6 +97,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         clones: so many runs in a row are a set, whose episodes are the same in all but the actions: what differs is
             what these made of it, without the luck of the draw. `num_envs` is a multiple of it; it is set i that has
             the task i modulo their number.
+        sweep: quantiles, of the range that the base learning rate is drawn from, that the clones of a set have: one for
+            each of them. So that one can see which would have been the best.
 
     `reset(seed=s)` seeds run i with s + i (with clones, set i) and determines everything that follows, whatever
     `num_envs` is; but the masks of dropout, which are drawn for all runs of a task at once, are others where their
@@ -120,8 +122,11 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         device: str | torch.device = "cpu",
         autoreset: bool = True,
         clones: int = 1,
+        sweep: Sequence[float] | None = None,
     ) -> None:
         check_sets(num_envs, clones)
+        if sweep is not None and (len(sweep) != clones or not all(0 <= quantile <= 1 for quantile in sweep)):
+            raise ValueError(f"sweep must hold {clones} quantiles in [0, 1], one for each clone, got {sweep!r}")
         if reward not in REWARDS:
             raise ValueError(f"reward must be one of {REWARDS}, got {reward!r}")
         if trust is not None and not trust > 1:
@@ -148,7 +153,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         for i, task in enumerate(family[: len(members)]):
             index = members[i :: len(family)].ravel()
             training = InnerTraining(task, len(index), compile=compile, device=device)
-            self._groups.append(_Group(training, index, clones, reward, interface, reach))
+            self._groups.append(_Group(training, index, clones, sweep, reward, interface, reach))
         self._clones = clones
         self._rngs = [rng for seed in SeedSequence().spawn(len(members)) for rng in _equal_generators(seed, clones)]
 
@@ -258,11 +263,18 @@ class _Group:
     """The runs that share an inner task: the environments of these numbers, in sets of clones."""
 
     def __init__(
-        self, training: InnerTraining, index: Array, clones: int, reward: str, interface: _Interface, reach: float
+        self,
+        training: InnerTraining,
+        index: Array,
+        clones: int,
+        sweep: Sequence[float] | None,
+        reward: str,
+        interface: _Interface,
+        reach: float,
     ) -> None:
         self.training = training
         self.index = index
-        self._clones = clones
+        self._clones, self._sweep = clones, sweep
         self._rewarded = reward
         self._interface = interface
         n, device = training.size, training.device
@@ -289,7 +301,8 @@ class _Group:
     def begin(self, slots: list[int], rngs: list[Generator], safe_start: bool) -> None:
         """Start new episodes: draw them, take the first inner step, observe it."""
         training, interface = self.training, self._interface
-        training.begin(slots, [rngs[self.index[slot]] for slot in slots])
+        quantiles = None if self._sweep is None else [self._sweep[slot % self._clones] for slot in slots]
+        training.begin(slots, [rngs[self.index[slot]] for slot in slots], quantiles)
         self.run, self.base = training.run()._replace(reach=self._reach), _base(training)
         run, base = training.run(slots)._replace(reach=self._reach[slots]), _base(training, slots)
         state = schedule.begin(run, base, probing=safe_start)

@@ -78,7 +78,8 @@ class SetupDistribution:
         if not set(self.optimizers) <= set(OPTIMIZERS) or not weights or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"optimizers must give some of {list(OPTIMIZERS)} a weight, got {dict(self.optimizers)}")
 
-    def draw(self, rng: Generator, batch_sizes: tuple[int, ...]) -> TrainingSetup:
+    def draw(self, rng: Generator, batch_sizes: tuple[int, ...], lr_quantile: float | None = None) -> TrainingSetup:
+        """One set-up; with this quantile of the range of the base learning rate, all else being the same."""
         decisions = round(log_uniform(rng, *self.decisions))
         names, weights = zip(*self.optimizers.items(), strict=True)
         optimizer = names[rng.choice(len(names), p=[w / sum(weights) for w in weights])]
@@ -90,7 +91,8 @@ class SetupDistribution:
         may_lack_momentum = sums_gradients and not OPTIMIZERS[optimizer].needs_momentum
         if may_lack_momentum and rng.random() < (0.5 if adaptive else self.no_momentum):
             momentum = 0.0
-        lr = log_uniform(rng, *(self.adaptive_lr if adaptive else self.sgd_lr)) / growth(momentum, sums_gradients)
+        lr = log_uniform(rng, *(self.adaptive_lr if adaptive else self.sgd_lr), lr_quantile)
+        lr /= growth(momentum, sums_gradients)
         clips = self.clipping > 0 and rng.random() < self.clipping
         clip = log_uniform(rng, *self.max_grad_norm) if clips else math.inf
         if not adaptive:

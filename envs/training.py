@@ -7,7 +7,7 @@ their optimizers. The gradient comes from `Stack`, the update from `optimizers`,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import signature
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -136,11 +136,13 @@ class InnerTraining:
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def begin(self, slots: list[int], rngs: list[Generator]) -> None:
-        """Draw a new episode for each of `slots`, from its own generator."""
+    def begin(
+        self, slots: list[int], rngs: list[Generator], lr_quantiles: Sequence[float | None] | None = None
+    ) -> None:
+        """Draw a new episode for each of `slots`, from its own generator; see `SetupDistribution.draw`."""
         setups, points, seeds = [], [], []
-        for slot, rng in zip(slots, rngs, strict=True):
-            setup = self.task.setup.draw(rng, self.task.batch_sizes)
+        for slot, rng, quantile in zip(slots, rngs, lr_quantiles or [None] * len(slots), strict=True):
+            setup = self.task.setup.draw(rng, self.task.batch_sizes, quantile)
             seed, weights_seed = rng.integers(2**63, size=2).tolist()
             params, buffers = self._stack.flatten(self.task.initial_network(weights_seed), setup.gain)
             self.networks.params[slot] = params

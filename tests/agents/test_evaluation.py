@@ -11,7 +11,7 @@ from helpers import always, lively_policy
 
 from rlsched.actors import Perceptron
 from rlsched.agents import evaluate
-from rlsched.agents.evaluation import environment_options
+from rlsched.agents.evaluation import SWEEP, environment_options, tuned
 from rlsched.agents.figures import ROWS, episode_paths
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES, CONTROLS
@@ -52,6 +52,21 @@ def test_every_policy_meets_the_same_episodes(tiny):
         np.testing.assert_array_equal(one, two)
     assert (first.returns != other.returns).all()
     np.testing.assert_array_equal(evaluate(still, seed=SEED, env=env).returns, first.returns)
+
+
+def test_tuned_return_is_the_best_of_the_sweep(tiny):
+    """Regret to a reference that is not the best, or on other episodes, would flatter the policy."""
+    zero = SchedulePolicy.zero()
+    best = tuned(zero, partial(SchedulingVectorEnv, tasks=tiny), episodes=EPISODES, seed=SEED)
+    each = []
+    for quantile in SWEEP:
+        tasks = []
+        for task in tiny:
+            ranges = {name: getattr(task.setup, name) for name in ("sgd_lr", "adaptive_lr")}
+            lrs = {name: (low ** (1 - quantile) * high**quantile,) * 2 for name, (low, high) in ranges.items()}
+            tasks.append(replace(task, setup=replace(task.setup, **lrs)))
+        each.append(evaluate(zero, tasks, episodes=EPISODES, seed=SEED).returns)
+    np.testing.assert_allclose(best, np.max(each, 0), atol=1e-4)
 
 
 def assert_same_episodes(one, other):

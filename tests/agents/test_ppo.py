@@ -95,10 +95,11 @@ def test_run_leaves_everything_it_promises(make_config, tiny, capsys):
 
     tags, plugins = events_of(run_dir)
     assert tags["rollout/ep_rew_mean"] == tags["rollout/ep_len_mean"] == [32, 64, 96]
-    for name in ("return", "return_of_zero_policy", "gain", "median_gain", "share_better", "diverged"):
+    for name in ("return", "return_of_zero_policy", "gain", "median_gain", "share_better", "diverged", "regret"):
         # Before the first update, after two and at the end; the end again as the metric of the hyperparameters.
         assert sorted(set(tags[f"eval/{name}"])) == [0, 64, 96]
     assert tags["eval/episodes"] == [0, 64, 96]
+    assert sorted(set(tags["regret/task 0"])) == sorted(set(tags["regret/task 1"])) == [0, 64, 96]
     assert tags["train/learning_rate"]
     assert any("hparams" in plugin for plugin in plugins)
     shown = capsys.readouterr().err

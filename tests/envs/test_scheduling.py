@@ -760,6 +760,23 @@ def test_sets_that_do_not_fit_are_refused(make_task, num_envs, clones):
         SchedulingVectorEnv(num_envs, make_task(), clones=clones)
 
 
+def test_sweep_changes_the_learning_rate_alone(make_task):
+    """A tuned reference on other episodes, or at other momenta, would be no reference."""
+    lr = (1e-3, 1e-1)
+    task = make_task(optimizers=EVERY, sgd_lr=lr, adaptive_lr=lr)
+    plain = SchedulingVectorEnv(4, task)
+    swept = SchedulingVectorEnv(12, task, clones=3, sweep=(0.0, 0.5, 1.0))
+    plain.reset(seed=5), swept.reset(seed=5)
+    one, other = (env._groups[0].training.settings for env in (plain, swept))
+    for name, values in one._asdict().items():
+        if name != "lr":
+            np.testing.assert_array_equal(values.repeat_interleave(3), getattr(other, name), err_msg=name)
+    lrs = other.lr.unflatten(0, (4, 3))
+    torch.testing.assert_close(lrs / lrs[:, 1:2], torch.tensor([[0.1, 1.0, 10.0]]).expand(4, 3))
+    with pytest.raises(ValueError, match=r"sweep must hold 2 quantiles in \[0, 1\], .* got \[0, 2\]"):
+        SchedulingVectorEnv(4, task, clones=2, sweep=[0, 2])
+
+
 def test_scaled_rewards_are_a_part_of_the_return(make_task, play):
     """Families are weighed by their scale, in what is learned; what is reported stays a log ratio of losses."""
     task = make_task()
