@@ -53,8 +53,8 @@ class Rescaled(nn.Module):
         self.linear = linear
         self.register_buffer("units", torch.exp(math.log(most) * (2 * torch.rand(2) - 1) * torch.randint(2, ())))
         with torch.no_grad():
-            linear.weight /= self.units[0]
-            linear.bias /= self.units[1]
+            linear.weight.div_(self.units[0])
+            linear.bias.div_(self.units[1])
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.units[0] * self.linear.weight, self.units[1] * self.linear.bias)
