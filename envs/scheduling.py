@@ -345,7 +345,7 @@ class _Group:
         window, told = summarise(self._as_reported(moments)), self._as_told(self.validation)
         self.observation, self.state = schedule.observe(run, state, window, interface.observations, told)
 
-        finite = self.validation.loss.isfinite() & training.networks.params.isfinite().all(-1)
+        finite = self.validation.loss.isfinite() & training.networks.params.abs().amax(-1).isfinite()
         finite &= moments.loss.isfinite().all(-1) & moments.grad_norm.isfinite().all(-1)
         losses = {"validation": self.validation.loss, "best": self.validation.best, "training": self.train_loss}
         drop = (self.first_loss / losses[self._rewarded].clamp(min=0)).log().clamp(-WORST_RISE, BEST_FALL)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from inspect import signature
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +20,11 @@ from rlsched import moments
 from rlsched.envs.draws import minibatch_rows, seeded
 from rlsched.envs.optimizers import NUMBERS, OPTIMIZERS, rule, stepped
 from rlsched.envs.pools import Slots, pool_of
+from rlsched.envs.recording import Recorded
 from rlsched.envs.stacking import Buffers, Stack
 from rlsched.envs.tasks import InnerTask
 from rlsched.moments import Moments
 from rlsched.signals import Run
-
-T = TypeVar("T")
 
 # A CPU trains a chunk of networks for a whole window before it turns to the next, so that they stay in its cache: as
 # many as have CHUNK_WEIGHTS weights, but at least MIN_CHUNK, since fewer would cost more in calls than they save.
@@ -108,8 +106,11 @@ class InnerTraining:
         self._stack = Stack(network, task.loss, example.inputs[few].to(device), example.targets[few].to(device))
         self._pool = pool_of(task.source, size, example, self.device)
         self._compile = compile and not self._stack.looped
-        self._step = _compiled(self._inner_step) if self._compile else self._inner_step
-        self._evaluate = _compiled(self._stack.evaluate) if self._compile else self._stack.evaluate
+        self._step: Callable[..., Any] = self._inner_step
+        self._evaluate: Callable[..., Tensor] = self._stack.evaluate
+        if not self._stack.looped:
+            self._step = Recorded(self._step, compile=compile)
+            self._evaluate = Recorded(self._evaluate, compile=compile)
         self._used = [name for name, weight in task.setup.optimizers.items() if weight > 0]
 
         def vector(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -321,11 +322,3 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 def _square(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1).square()
-
-
-def _compiled(function: Callable[..., T]) -> Callable[..., T]:
-    """The function, with graphs of its own: those that tasks share are searched one by one, and end at eight."""
-    isolated: dict[str, Any] = (
-        {"isolate_recompiles": True} if "isolate_recompiles" in signature(torch.compile).parameters else {}
-    )
-    return torch.compile(function, dynamic=False, **isolated)

@@ -328,6 +328,18 @@ def test_source_that_breaks_its_promise_is_refused(make_task):
         begun(replace(make_task(), batch_size=2, data=Promising(4, 3)), runs=2)
 
 
+@pytest.mark.parametrize("network", [normed, NOISY], ids=["norm", "noise"])
+def test_recorded_training_is_the_unrecorded_one(make_task, monkeypatch, network):
+    """What a run comes to must not depend on how many steps were taken before its own."""
+    task, outcomes = replace(make_task(optimizers=EVERY, **RATES), network=network, interval=10), []
+    for calls in (10**9, 0):
+        monkeypatch.setattr("rlsched.envs.recording.CALLS", calls)
+        training, moments = trained(task)
+        outcomes.append([*moments, *everything(training)])
+    for one, two in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_compiled_training_is_the_eager_one(make_task, monkeypatch):
     """What is changed in place could be read after it was written, once a compiler has rearranged the step."""
