@@ -153,11 +153,11 @@ def stepped(params: Tensor, momentum: Tensor, second_moment: Tensor, grad: Tenso
         second_moment.lerp_(root, c["forget"])
         torch.sqrt(second_moment, out=root)
     if "early_root" in c:
-        grad.div_(torch.mul(root, c["early_root"]).add_(c["early_epsilon"]))
+        grad.div_(torch.addcmul(c["early_epsilon"], root, c["early_root"]))
     momentum.lerp_(grad, 1 - c["momentum"])
     direction = torch.lerp(grad, momentum, c["lookahead"], out=grad) if "lookahead" in c else momentum
     if "root" in c:
-        direction = torch.div(direction, root.mul_(c["root"]).add_(c["epsilon"]), out=root)
+        direction = torch.div(direction, torch.addcmul(c["epsilon"], root, c["root"], out=root), out=root)
     if "shrink" in c:
         after = (params * c["shrink"]).addcmul_(direction, c["lr"], value=-1)
     else:
