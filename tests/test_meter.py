@@ -10,7 +10,7 @@ from helpers import lively_policy, loss_at, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlsched import ScheduledOptimizer, gradients, hyperparameters, meter
+from rlsched import ScheduledOptimizer, gradients, hyperparameters, meter, records
 from rlsched.moments import MEASURED_STEPS
 
 
@@ -47,14 +47,14 @@ def test_gradients_of_any_kind_are_left_out(known):
 @pytest.mark.parametrize("length", [1, 9, 1023, 1024, 1025, 5000, 10**6])
 def test_record_of_a_window_is_bounded(length):
     """A window of a run of 10⁹ steps would take a gigabyte, in memory and in every checkpoint."""
-    places = {row: column for column in range(length) if (row := meter.row_of(column, length)) is not None}
-    assert sorted(places) == list(range(len(places))) and len(places) <= meter.MAX_RECORDS
+    places = {row: column for column in range(length) if (row := records.row_of(column, length)) is not None}
+    assert sorted(places) == list(range(len(places))) and len(places) <= records.MAX_RECORDS
     last = min(length, MEASURED_STEPS)
     assert list(places.values())[-last:] == list(range(length - last, length)), "steps that are measured"
-    if length <= meter.MAX_RECORDS:
+    if length <= records.MAX_RECORDS:
         assert list(places) == list(places.values())
     else:
-        assert len(places) > meter.MAX_RECORDS / 3
+        assert len(places) > records.MAX_RECORDS / 3
         gaps = {b - a for a, b in pairwise(list(places.values())[:-MEASURED_STEPS])}
         assert len(gaps) == 1, "spread evenly"
 
@@ -78,7 +78,7 @@ def test_between_decisions_no_accelerator_is_waited_for(make, max_grad_norm):
     options = {"total_steps": 200, "decisions": 10, "policy": lively_policy(), "max_grad_norm": max_grad_norm}
     optimizer = ScheduledOptimizer(make(model.parameters()), **options)
     controller = optimizer.controller
-    controller.state = controller.state._replace(window_end=20)  # of which the last 8 steps are measured
+    controller.states = [controller.state._replace(window_end=20)]  # of which the last 8 steps are measured
 
     def step(report):
         optimizer.zero_grad()

@@ -110,7 +110,8 @@ def loop(name: str, network: Network, optimizer: str) -> Step:
         inner = ScheduledOptimizer(inner, total_steps=total_steps, decisions=DECISIONS)
         if name == UNMEASURED:
             controller = inner.controller
-            controller.state = schedule.open_window(controller.run, controller.state, total_steps)._replace(probing=0)
+            state = schedule.open_window(controller.run, controller.state, total_steps)._replace(probing=0)
+            controller.states = [state]
     elif name == PLAIN:
         scheduler = LambdaLR(inner, lambda step: max(0.01, 1 - step / total_steps))
 
