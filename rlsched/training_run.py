@@ -62,7 +62,7 @@ class TrainingRun(ABC):
         """The first of the states, which all have the same clock."""
         return self.states[0]
 
-    def _set_clock(self, **fields: int) -> None:
+    def _set_clock(self, **fields: Any) -> None:
         """Set what all states have in common."""
         self.states = [state._replace(**fields) for state in self.states]
 

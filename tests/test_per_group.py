@@ -54,7 +54,7 @@ class Watched:
 
 
 class Halves(nn.Module):
-    """Two regressions side by side on the same data, from the same weights; `share` is that of the second in the loss."""
+    """Two regressions side by side on the same data, from the same weights."""
 
     def __init__(self):
         super().__init__()
