@@ -60,7 +60,7 @@ class Controller(TrainingRun):
         groups: the optimizer's hyperparameters, a `ParameterGroups`: as the user gave them, and as decided.
         meter: what is measured of the inner steps, a `Meter`.
         guard: what keeps the run alive, a `Guard`.
-        windows: what held from one decision to the next, so far.
+        windows: what held from one decision to the next, so far, under the first state.
         validation: what is known of the validation losses, a `Validation`.
         kept: copies of the weights, a `KeptWeights`.
         proposals: the hyperparameters of each group by control, as last decided, or where all groups have one state, of

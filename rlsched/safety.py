@@ -106,17 +106,19 @@ class Guard:
     def judge_probe(self, run: Run, states: States, windows: Sequence[Moments]) -> States:
         """Start at the learning rate that the probe allows; or probe on, if it told nothing or itself went too far.
 
-        Loss and step are those of the whole network. Of several groups each starts as high as its own weights allow.
+        Several groups make the step together: what it promises for the loss is summed up, and binds them all. What it
+        does to weights binds the group whose weights they are.
         """
-        first, (step, *_) = windows[0], states[0]
+        first, step = windows[0], states[0].step
         decrease = sum(map(schedule.promised, windows))
         offsets = [schedule.probe(run, *each, decrease) for each in zip(states, windows, strict=True)]
         is_finite = math.isfinite(first.grad_norm[-1])
         went_too_far = is_finite and min(offsets) < LR.low
         self._note_nonfinite(states[0], first)
         if went_too_far:
-            states = [state._replace(lr_offset=state.lr_offset + LOG_PROBE) for state in states]
-            offsets = [offset - LOG_PROBE for offset in offsets]
+            taken = [LOG_PROBE * (offset < LR.low) for offset in offsets]
+            states = [s._replace(lr_offset=s.lr_offset + off) for s, off in zip(states, taken, strict=True)]
+            offsets = [offset - off for offset, off in zip(offsets, taken, strict=True)]
             message = f"a step at {PROBE:.0e} of the lr went too far: undone, the lr scaled by as much"
             self.intervene(step, message, kind="probe")
         if went_too_far or not is_finite:

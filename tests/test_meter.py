@@ -79,7 +79,9 @@ def test_between_decisions_no_accelerator_is_waited_for(make, max_grad_norm, per
     groups = [{"params": layer.parameters()} for layer in (model[0], model[2])]
     optimizer = ScheduledOptimizer(make(groups), per_group=per_group, **options)
     controller = optimizer.controller
-    controller.states = [state._replace(window_end=20) for state in controller.states]  # of which the last 8 steps are measured
+    controller.states = [
+        state._replace(window_end=20) for state in controller.states
+    ]  # of which the last 8 steps are measured
 
     def step(report):
         optimizer.zero_grad()

@@ -300,6 +300,13 @@ def test_probe_starts_each_group_as_high_as_its_weights_allow():
     calm, bold = (state.control["lr"] for state in optimizer.controller.states)
     assert calm == 0 > bold
     assert any("scaled by 1, 0." in message for _, message in optimizer.controller.interventions)
+    model = Halves()
+    optimizer = ScheduledOptimizer(torch.optim.AdamW(model.groups(lr=1e9), 1e-3), policy=policy, **OPTIONS)
+    run_halves(optimizer, model, 6, share=1e-9)
+    assert any("undone" in message for _, message in optimizer.controller.interventions)
+    assert optimizer.controller.states[1].lr_offset < 0
+    first = optimizer.controller.state
+    assert first.lr_offset == first.control["lr"] == 0, "what is undone is another group's doing"
 
 
 def test_rollback_takes_all_groups_back():
