@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rlsched.length import steps_of
     from rlsched.optimizer import Controller, ScheduledOptimizer, attach
     from rlsched.policy import SchedulePolicy
-    from rlsched.safety import DivergenceError, Intervention
+    from rlsched.safety import DivergenceError
+    from rlsched.verdict import Intervention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,7 +33,7 @@ _HOMES = {
     "Controller": "optimizer",
     "DivergenceError": "safety",
     "FrozenSchedule": "frozen",
-    "Intervention": "safety",
+    "Intervention": "verdict",
     "SchedulePolicy": "policy",
     "ScheduledOptimizer": "optimizer",
     "attach": "optimizer",

@@ -19,7 +19,7 @@ class BackwardPasses:
         self.losses_are_quotients = False
         self._passes = 0
         self._watched: Tensor | None = None
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
 
     def watch(self, parameters: Sequence[Tensor]) -> None:
         """Count the gradients that arrive at the first parameter that gets any."""
@@ -28,12 +28,18 @@ class BackwardPasses:
             self.detach()
             this = weakref.ref(self)
 
+            def begin(_: Tensor) -> None:  # the passes before were of a step that nobody took: a GradScaler skips some
+                counter = this()
+                if counter is not None and counter._watched is not None and counter._watched.grad is None:
+                    counter._passes = 0
+
             def count(_: Tensor) -> None:
                 if (counter := this()) is not None:
                     counter._passes += 1
 
             self._watched = first
-            self._handle = None if first is None else first.register_post_accumulate_grad_hook(count)
+            if first is not None:
+                self._handles = [first.register_hook(begin), first.register_post_accumulate_grad_hook(count)]
 
     def parts(self) -> int:
         """The number of parts that the losses of a step were divided into; the next step begins."""
@@ -42,9 +48,9 @@ class BackwardPasses:
         return max(1, parts)
 
     def detach(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self._watched = self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._watched, self._handles = None, []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watched": None, "_handle": None}
+        return {**self.__dict__, "_watched": None, "_handles": []}

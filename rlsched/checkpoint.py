@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 
 from rlsched.control import CONTROLS, LR
 from rlsched.frozen import Window
-from rlsched.meter import MeterState
-from rlsched.safety import GuardState
+from rlsched.records import MeterState
 from rlsched.schedule import ScheduleState
 from rlsched.signals import TRACES
 from rlsched.snapshots import Snapshot, tensors_of
 from rlsched.validation import Validation
+from rlsched.verdict import GuardState
 from rlsched.weights import KeptState
 
 STATE_KEY = "rlsched"  # of the bytes in a state_dict
@@ -33,7 +33,7 @@ STATE_KEY = "rlsched"  # of the bytes in a state_dict
 class Saved(NamedTuple):
     """What a run goes on from."""
 
-    schedule: ScheduleState
+    schedule: list[ScheduleState]  # of all parameter groups, or of each
     meter: MeterState
     guard: GuardState
     bases: list[dict[str, float]]  # what the user gave each parameter group, by control
@@ -89,7 +89,7 @@ def unpacked(
             raise ValueError(f"state_dict is of a run with {name}={there.get(name)!r}, this one has {value!r}")
     snapshot = plain.pop("snapshot", None)
     saved: Saved = _read(Saved, {**plain, "snapshot": None}, "")
-    _check(saved, memory)
+    _check(saved, memory, per_group=bool(identity.get("per_group")))
     groups = len(optimizer.param_groups)
     _demand(len(saved.bases) <= groups, "bases", f"those of {groups} parameter groups", saved.bases)
     if snapshot is None:
@@ -140,6 +140,7 @@ RANGES = {
     "schedule.step": COUNTED,
     "schedule.lr_offset": (-math.inf, 0.0),
     "schedule.ceiling": (LR.low, LR.high + LR.step),
+    "schedule.bound": (LR.low, LR.high),
     "schedule.probing": (0, 1),
     "schedule.window_start": COUNTED,
     "schedule.window_end": COUNTED,
@@ -152,7 +153,6 @@ RANGES = {
     "guard.noise": (0.0, math.inf),
     "guard.lost": COUNTED,
     "guard.idle": COUNTED,
-    "guard.ceiling": (LR.low, LR.high),
     "guard.restored_at": (-1, 2**62),
     "guard.interventions.step": COUNTED,
     "windows.start": COUNTED,
@@ -192,7 +192,7 @@ def _read(kind: Any, value: Any, name: str) -> Any:
     if origin is UnionType:
         (kind,) = (argument for argument in arguments if argument is not NoneType)
         return None if value is None else _read(kind, value, name)
-    if name.endswith("schedule.memory"):
+    if _general(name) == "schedule.memory":
         return value
     if origin in (list, tuple):
         _demand(isinstance(value, list | tuple), name, "a sequence", value)
@@ -243,20 +243,23 @@ def _same_names(value: Mapping[str, Any], names: Iterable[str], name: str) -> No
             )
 
 
-def _check(saved: Saved, memory: Any) -> None:
+def _check(saved: Saved, memory: Any, *, per_group: bool) -> None:
     """Refuse what cannot be together."""
-    now, bases, windows, total_steps = saved.schedule, saved.bases, saved.windows, saved.total_steps
-    _demand(now.window_start <= now.step, "schedule.window_start", f"at most the step, {now.step}", now.window_start)
-    _demand(now.window_start < now.window_end, "schedule.window_end", "behind its start", now.window_end)
+    _demand(saved.schedule, "schedule", "of at least one parameter group", saved.schedule)
+    now, bases, windows, total_steps = saved.schedule[0], saved.bases, saved.windows, saved.total_steps
+    _demand(now.window_start <= now.step, "schedule[0].window_start", f"at most the step, {now.step}", now.window_start)
+    _demand(now.window_start < now.window_end, "schedule[0].window_end", "behind its start", now.window_end)
     is_within = now.step <= now.window_end or (total_steps is not None and now.window_end >= total_steps)
-    _demand(is_within, "schedule.step", f"at most the end of its window, {now.window_end}", now.step)
+    _demand(is_within, "schedule[0].step", f"at most the end of its window, {now.window_end}", now.step)
     _demand(bases, "bases", "those of at least one parameter group", bases)
     for i, base in enumerate(bases):
         for name, value in base.items():
             may_lack = name != LR.name and math.isnan(value)
             allowed = CONTROLS[name].allowed
             _demand(may_lack or CONTROLS[name].is_valid(value), f"bases[{i}].{name}", allowed, value)
-    _check_controls(now, bases[0], "schedule", memory)
+    own = len(bases) if per_group else 1
+    _demand(len(saved.schedule) == own, "schedule", f"{own} states", f"{len(saved.schedule)} states")
+    _check_states(saved.schedule, bases, "schedule", memory)
     _demand(len(saved.exponents) in (0, len(bases)), "exponents", "one for each group, or none", saved.exponents)
     starts = [window.start for window in windows]
     rising = all(map(int.__lt__, starts, starts[1:]))
@@ -278,6 +281,15 @@ def _check(saved: Saved, memory: Any) -> None:
             low = -math.inf if name == LR.name else low - 1e-6  # which an offset may take lower
             what, value = f"in [{low:g}, {high:g}]", window.moved[name]
             _demand(low <= value <= high + 1e-6, f"windows[{i}].moved.{name}", what, value)
+
+
+def _check_states(
+    states: Sequence[ScheduleState], bases: Sequence[Mapping[str, float]], where: str, memory: Any
+) -> None:
+    clocks = [(s.step, s.window_start, s.window_end, s.probing) for s in states]
+    _demand(len(set(clocks)) == 1, where, "of groups at the same step", clocks)
+    for i, (state, base) in enumerate(zip(states, bases, strict=False)):
+        _check_controls(state, base, f"{where}[{i}]", memory)
 
 
 def _check_controls(state: ScheduleState, base: Mapping[str, float], where: str, memory: Any) -> None:
@@ -310,9 +322,11 @@ def _read_snapshot(plain: Any, saved: Saved, tensors: Sequence[Tensor], memory: 
     _demand(isinstance(plain, dict), name, "a dict", plain)
     _same_names(plain, Snapshot._fields, name)
     read: dict[str, Any] = {"average_norm": _read(float, plain["average_norm"], f"{name}.average_norm")}
-    for part, kind in (("schedule", ScheduleState), ("guard", GuardState)):
+    for part, kind in (("schedule", list[ScheduleState]), ("guard", GuardState)):
         read[part] = _read(kind, plain[part], f"{name}.{part}")
-    _check_controls(read["schedule"], saved.bases[0], f"{name}.schedule", memory)
+    most = len(saved.schedule)  # fewer are in a snapshot of a time when there were fewer groups
+    _demand(0 < len(read["schedule"]) <= most, f"{name}.schedule", f"1 to {most} states", read["schedule"])
+    _check_states(read["schedule"], saved.bases, f"{name}.schedule", memory)
     for part in ("tensors", "optimizer_state"):
         value = plain[part]
         is_whole = isinstance(value, list) and len(value) == len(tensors)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched import distributed, schedule
+from rlsched import distributed, per_group, schedule
 from rlsched.control import CONTROLS, LR
-from rlsched.frozen import FrozenSchedule
 from rlsched.half_precision import HalfPrecision
 from rlsched.hyperparameters import ParameterGroups
 from rlsched.length import Length
@@ -20,13 +19,14 @@ from rlsched.meter import Meter
 from rlsched.notices import warn
 from rlsched.number import Number
 from rlsched.options import ScheduleOptions, shows_options
-from rlsched.safety import Guard, Intervention
+from rlsched.safety import Guard
 from rlsched.signals import Run
-from rlsched.summary import summarise
+from rlsched.summary import summarise, whole
 from rlsched.tensorboard import RunLog
 from rlsched.training_run import TrainingRun
 from rlsched.traits import OWN_SCALE_TRUST
 from rlsched.validation import agreed, unseen
+from rlsched.verdict import Intervention
 from rlsched.weights import KeptWeights
 
 if TYPE_CHECKING:
@@ -55,14 +55,16 @@ class Controller(TrainingRun):
         log: what is written for TensorBoard, a `RunLog`.
         length: how long the run is, a `Length`.
         run: what is known of it before it starts, its length and that of its windows as they are now.
-        state: where its schedule is, a `ScheduleState`.
+        states: where its schedule is: one `ScheduleState` for all parameter groups, or with `per_group` one for each;
+            `state` is the first of them.
         groups: the optimizer's hyperparameters, a `ParameterGroups`: as the user gave them, and as decided.
         meter: what is measured of the inner steps, a `Meter`.
         guard: what keeps the run alive, a `Guard`.
-        windows: what held from one decision to the next, so far.
+        windows: what held from one decision to the next, so far, under the first state.
         validation: what is known of the validation losses, a `Validation`.
         kept: copies of the weights, a `KeptWeights`.
-        proposal: the hyperparameters of the first group by control, as last decided.
+        proposals: the hyperparameters of each group by control, as last decided, or where all groups have one state, of
+            the first group alone; `proposal` is the first of them.
         skipped: calls of step without any gradient.
     """
 
@@ -84,22 +86,23 @@ class Controller(TrainingRun):
         self.groups = ParameterGroups(
             optimizer, lr_bounds=given.lr_bounds, follow_scheduler=given.follow_scheduler, watches=given.shadow
         )
-        traits, base = self.groups.traits, self.groups.bases[0]
-        if not given.shadow and not any(base[LR.name] for base in self.groups.bases):
+        traits, bases = self.groups.traits, self.groups.bases
+        if not given.shadow and not any(base[LR.name] for base in bases):
             raise ValueError("optimizer: the learning rate is 0 in every parameter group, so there is none to schedule")
         trust = given.trust or (OWN_SCALE_TRUST if traits.own_scale else math.inf)
         adaptive, sums = 1 if traits.adaptive else -1, int(traits.sums_gradients)
         self.length = Length(total_steps, given.decisions, self.policy.base_schedule)
         self.run = self.length.measured(Run(0, 0, adaptive, sums, math.log(trust)), 0)
         chosen = set(self.policy.controls) & set(given.controls)
-        self._moving = tuple(n for n, control in CONTROLS.items() if n in chosen and control.can_move(base[n]))
+        own = bases if given.per_group else bases[:1]  # base values of each state
+        self._moving = tuple(n for n, c in CONTROLS.items() if n in chosen and any(c.can_move(b[n]) for b in own))
         self._written = () if given.shadow else self._moving
         if not given.shadow:
-            own = {LR.name} if given.follow_scheduler else set()  # which a scheduler sets then
-            self.groups.driven = frozenset({*self._moving, LR.name}) - own
+            others = {LR.name} if given.follow_scheduler else set()  # which a scheduler sets then
+            self.groups.driven = frozenset({*self._moving, LR.name}) - others
         self.meter = Meter(
             self.run.interval,
-            has_momentum=base["momentum"] > 0,
+            has_momentum=any(base["momentum"] > 0 for base in own),
             max_grad_norm=given.max_grad_norm,
             watches=given.shadow,
         )
@@ -115,11 +118,11 @@ class Controller(TrainingRun):
             log=self.log,
         )
         probing = self.policy.safe_start and LR.name in self._written and not traits.own_scale
-        self.state = schedule.begin(self.run, base, probing=probing, memory=self.policy.begin())
+        self.states = per_group.begin(self.run, own, self.policy, probing=probing)
         self.validation = unseen()
         self.kept = KeptWeights(optimizer, keep_best=given.keep_best, averaging=given.averaging)
         self.skipped = 0
-        self.proposal: dict[str, float] = {}
+        self.proposals: list[dict[str, float]] = []
         self._has_resumed = False  # and no step has begun since
         self._hold()
         self.windows = []
@@ -128,7 +131,17 @@ class Controller(TrainingRun):
     @property
     def equivalent_lr(self) -> float:
         """Learning rate of the first group as it would be at the base momentum, see `ParameterGroups.equivalent_lr`."""
-        return self.groups.equivalent_lr(self.state, self._decay())
+        return self.equivalent_lrs[0]
+
+    @property
+    def equivalent_lrs(self) -> list[float]:
+        """The same of each group that has a state of its own."""
+        return [self.groups.equivalent_lr(i, state, self._decay()) for i, state in enumerate(self.states)]
+
+    @property
+    def proposal(self) -> dict[str, float]:
+        """The first of the proposals; empty before there is one."""
+        return self.proposals[0] if self.proposals else {}
 
     @property
     def interventions(self) -> list[Intervention]:
@@ -158,7 +171,8 @@ class Controller(TrainingRun):
             return
         if self.groups.adopt():
             self._hold()
-        whole_loss, norm = self.meter.loss_and_norm(parameters, grads)
+        sizes = [len(group["params"]) for group in self.optimizer.param_groups] if self.options.per_group else ()
+        whole_loss, norm = self.meter.loss_and_norm(parameters, grads, sizes)
         if self.meter.parts > 1 and "parts" not in self._warned:
             self._warned.add("parts")
             message = f"losses are quotients, of {self.meter.parts} backward passes: multiplied by {self.meter.parts}"
@@ -167,9 +181,9 @@ class Controller(TrainingRun):
             self._decide(whole_loss)
         state, restored_at = self.state, self.guard.state.restored_at
         if state.step == 0 and (state.probing or self.guard.keeps_snapshots):
-            self.guard.take_snapshot(state)
+            self.guard.take_snapshot(self.states)
         elif self._has_resumed and not state.probing and self.guard.snapshot is None:
-            self.guard.consider_snapshot(self.run, state, whole_loss)
+            self.guard.consider_snapshot(self.run, self.states, whole_loss)
         self._has_resumed = False
         if not self.options.shadow:
             self._set_hyperparameters()
@@ -180,7 +194,7 @@ class Controller(TrainingRun):
                 p.grad = None
             return
         is_last = state.window_end >= self.run.total_steps  # nobody looks at the last window
-        buffers, multiple = self.groups.momentum_buffers, self.groups.decided[0]["clip"]
+        buffers, multiple = self.groups.momentum_buffers, self.groups.clip
         measured = parameters, grads, whole_loss, norm
         self.meter.begin_step(*measured, state, is_last=is_last, buffers=buffers, multiple=multiple)
         if not self.options.shadow:
@@ -191,7 +205,7 @@ class Controller(TrainingRun):
         """Measure what the step did to the weights. Call after each step that `prepare_step` preceded."""
         self._halves.after_step(self.optimizer)
         if self.meter.finish_step():
-            self.state = self.state._replace(step=self.state.step + 1)
+            self._set_clock(step=self.state.step + 1)
             self.groups.after_step()
             self.kept.after_step()
         if self.state.step == self.run.total_steps:
@@ -207,13 +221,15 @@ class Controller(TrainingRun):
 
     def _decide(self, loss: Number | None) -> None:
         run = self.run = self.length.measured(self.run, self.step_count)
-        before, guard = self.state, self.guard
-        window = self.meter.window(before.step - before.window_start)
-        if before.probing:
-            before = self.state = guard.judge_probe(run, before, window)
-            if before.probing:
+        before, guard, groups = self.states, self.guard, self.groups
+        windows = self.meter.windows(self.step_count - self.state.window_start)
+        window = windows[0]
+        if self.state.probing:
+            before = self.states = guard.judge_probe(run, before, windows)
+            if self.state.probing:
                 return self._open_window(1)
-        summary = summarise(window)
+        summaries = list(map(summarise, windows))
+        summary = whole(summaries)
         if not self.meter.loss_was_reported and math.isnan(summary.loss):  # nor on another rank
             self._warn(
                 "no loss",
@@ -225,36 +241,43 @@ class Controller(TrainingRun):
                 "a loss is zero or negative, and has no logarithm: such a step counts as one without a loss",
             )
         if self.options.shadow:
-            before = before._replace(control=self.groups.states_in_use(before, self._decay()))
+            decay = self._decay()
+            before = [s._replace(control=groups.states_in_use(i, s, decay)) for i, s in enumerate(before)]
         self.validation = agreed(distributed.of_all_ranks(self.validation, self._parameters()[0].device))
-        observation, state = schedule.observe(run, before, summary, self.policy.observations, self.validation)
-        action, memory = self.policy.act(observation, state.memory)
-        actions = dict(zip(self.policy.controls, action.tolist(), strict=True))
-        state = schedule.move(run, state, {name: actions[name] for name in self._moving}, memory)
+        moving = [self._moving]
+        if self.options.per_group:
+            moving = [tuple(n for n in self._moving if CONTROLS[n].can_move(base[n])) for base in groups.bases]
+        decisions = per_group.decide(self.policy, run, before, summaries, self.validation, moving)
+        states = [decision.state for decision in decisions]
         if guard.moves_lr:
-            state = guard.bound_lr(state, before, summary)
-        state, filled, diverges = guard.answer_divergence(run, state, before, window, summary)
+            whose = [f"group {name}: " for name in groups.names] if self.options.per_group else [""]
+            states = list(map(guard.bound_lr, states, before, summaries, whose))
+        states, filled, diverges = guard.answer_divergence(run, states, before, window, summary)
         if "momentum" in self._written:
-            self.groups.rescale_buffers(run, filled, state)
+            groups.rescale_buffers(run, filled, states)
         if not diverges:
-            guard.consider_snapshot(run, state, loss)
-        self.state = state
+            guard.consider_snapshot(run, states, loss)
+        self.states = states
         self._open_window(run.interval)
-        base_lr = self.groups.lr_of_base_schedule(self._decay())
-        proposed = {**self.groups.decided[0], LR.name: self.groups.lr(base_lr)}
-        self.proposal = {name: proposed[name] for name in self.policy.controls}
-        self.log.decision(self, summary, observation, actions, base_lr)
+        base_lrs = [groups.lr_of_base_schedule(i, self._decay()) for i in range(len(states))]
+        proposed = [{**groups.decided[i], LR.name: groups.lr(i, base_lr)} for i, base_lr in enumerate(base_lrs)]
+        self.proposals = [{name: values[name] for name in self.policy.controls} for values in proposed]
+        self.log.decision(self, summary, decisions, base_lrs)
 
     def _open_window(self, length: int) -> None:
         self.meter.clear(self.run.interval)
-        self.state = schedule.open_window(self.run, self.state, length)
+        self.states = [schedule.open_window(self.run, state, length) for state in self.states]
         self._hold()
         self._note_window()
 
     def _hold(self) -> None:
         """Work out what holds until the next decision."""
         self.meter.learn_ranks(self._parameters())
-        self.groups.decide(self.run, self.state)
+        if self.options.per_group:
+            per_group.check(self.optimizer.param_groups, self.meter.is_sharded)
+            new = self.groups.bases[len(self.states) :]
+            self.states += [per_group.join(self.run, self.state, base, self.policy) for base in new]
+        self.groups.decide(self.run, self.states)
 
     def _decay(self) -> float:
         """The base schedule's factor on the base learning rate."""
@@ -276,28 +299,6 @@ class Controller(TrainingRun):
             )
 
     # --- After the run ----------------------------------------------------------------------------------------------
-
-    def freeze(self) -> FrozenSchedule:
-        """The schedule that this run followed, to be replayed without a policy.
-
-        Frozen is what was decided, not what is done beside it: `max_grad_norm`, `lr_bounds`, steps that were left out,
-        weights that were rolled back. If decisions are still to come, the last one is held to the end, with a warning.
-
-        Raises:
-            ValueError: the run follows a torch scheduler, or is in shadow mode, so that the learning rate was not the
-                policy's; or nobody knows how long it is.
-        """
-        for name, whose in (("follow_scheduler", "a torch scheduler's"), ("shadow", "the user's own")):
-            if getattr(self.options, name):
-                raise ValueError(f"{name}=True: the learning rate was {whose}, so there is no schedule to freeze")
-        if self.total_steps is None:
-            raise ValueError("total_steps=None: what has no end cannot be frozen; finish(steps) gives the run one")
-        if self.state.window_end < self.total_steps:
-            self._warn(
-                "unfinished",
-                f"the run is at step {self.step_count} of {self.total_steps}: its last decision is held to the end",
-            )
-        return FrozenSchedule.of(self.windows, self.groups.bases, self.policy.base_schedule)
 
     def detach(self) -> None:
         """Undo `attach`: take the hooks off the optimizer, and give it back to whoever goes on without a schedule.
@@ -321,9 +322,11 @@ class Controller(TrainingRun):
             self.groups.give_back()
 
     def __repr__(self) -> str:
-        now = ", ".join(f"{name}={value:.4g}" for name, value in self.proposal.items())
+        values = {name: "/".join(f"{each[name]:.4g}" for each in self.proposals) for name in self.proposal}
+        now = ", ".join(f"{name}={value}" for name, value in values.items())
         base, used = self.groups.bases[0]["momentum"], self.proposal.get("momentum")
-        if used is not None and used != base and self.groups.traits.sums_gradients:
+        is_one = used is not None and len(self.proposals) == 1
+        if is_one and used != base and self.groups.traits.sums_gradients:
             now += f" (as lr={self.equivalent_lr:.4g} is at a momentum of {base:.4g})"
         mode = "shadow, " if self.options.shadow else "probing, " if self.state.probing else ""
         steps = "unknown" if self.total_steps is None else self.total_steps

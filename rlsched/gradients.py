@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ def leave_out_unless(finite: Tensor | bool, parameters: Iterable[Tensor], grads:
             p.grad = None
 
 
-def total_norm(grads: list[Tensor], rank_weights: list[float] | None) -> Number:
-    """Norm of all gradients, in single precision at least: half precision overflows at 65,504.
+def norms_of(grads: list[Tensor], rank_weights: list[float] | None) -> list[float] | Tensor:
+    """Norm of each gradient, in single precision at least: half precision overflows at 65,504. On an accelerator (n,).
 
     Of gradients that several ranks hold, only this rank's part of their squares counts.
     """
@@ -45,6 +46,16 @@ def total_norm(grads: list[Tensor], rank_weights: list[float] | None) -> Number:
     norms = torch._foreach_norm(grads, 2.0, torch.float64 if double else torch.float32)
     if rank_weights is not None:
         torch._foreach_mul_(norms, [math.sqrt(weight) for weight in rank_weights])
-    if on_host(grads[0]):
-        return math.hypot(*map(float, norms))
-    return torch.linalg.vector_norm(torch.stack(norms)).float()
+    return list(map(float, norms)) if on_host(grads[0]) else torch.stack(norms)
+
+
+def total_norm(norms: list[float] | Tensor) -> Number:
+    """Norm of all gradients that have these norms."""
+    return torch.linalg.vector_norm(norms).float() if isinstance(norms, Tensor) else math.hypot(*norms)
+
+
+def norms_of_parts(norms: list[float] | Tensor, counts: Sequence[int]) -> list[float] | Tensor:
+    """Norms (parts,) of parts of a network with so many gradients each, whose norms follow on each other."""
+    ends = list(accumulate(counts))
+    parts = [total_norm(norms[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+    return torch.stack(parts) if isinstance(norms, Tensor) else parts

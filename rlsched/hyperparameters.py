@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ DRIVER = "_rlsched_groups"  # attribute of an optimizer: whose hyperparameters i
 
 
 class ParameterGroups:
-    """The groups of an optimizer under a schedule. Each group keeps its distance to the first one.
+    """The groups of an optimizer under a schedule: under one state, with which each keeps its distance to the first
+    one, or each under its own.
 
     Args:
         optimizer: its present hyperparameters are the base values. If another schedule drives it, that gives it back
@@ -56,6 +58,7 @@ class ParameterGroups:
         self.traits = traits_of(optimizer)
         self.bases: list[dict[str, float]] = []  # of each group, by control
         self.decided: list[dict[str, float]] = []  # the same, as decided; of the lr the factor on the base schedule
+        self.clip = math.inf  # as decided: what the strictest of the groups has, as one norm is clipped for all
         self.driven: frozenset[str] = frozenset()  # hyperparameters that the schedule sets, and nobody else
         self._lrs: list[Any] = []  # of each group: as it was set last, or as a scheduler that is followed wants it
         self._is_over = False
@@ -74,14 +77,21 @@ class ParameterGroups:
         self.bases += bases
         return bool(new)
 
-    def decide(self, run: Run, state: ScheduleState) -> None:
-        """Work out what holds in the window that begins."""
-        factors = [{**base, LR.name: 1.0} for base in self.bases]
-        self.decided = [schedule.hyperparameters(run, state, base) for base in factors]
+    @property
+    def names(self) -> list[str]:
+        """Of each group its "name", if all are different; a group without one goes by its number."""
+        names = [str(group.get("name", i)) for i, group in enumerate(self.optimizer.param_groups)]
+        return names if len(set(names)) == len(names) else [str(i) for i in range(len(names))]
 
-    def lr(self, base: float) -> float:
-        """Learning rate of the first group, as decided, where that of its base schedule is `base`."""
-        return float(self._bounded(base * self.decided[0][LR.name]))
+    def decide(self, run: Run, states: Sequence[ScheduleState]) -> None:
+        """Work out what holds in the window that begins, under one state or one for each group."""
+        factors = [{**base, LR.name: 1.0} for base in self.bases]
+        self.decided = [schedule.hyperparameters(run, *each) for each in zip(cycle(states), factors, strict=False)]
+        self.clip = min(values["clip"] for values in self.decided)
+
+    def lr(self, i: int, base: float) -> float:
+        """Learning rate of group i, as decided, where that of its base schedule is `base`."""
+        return float(self._bounded(base * self.decided[i][LR.name]))
 
     def _bounded(self, lr: Number) -> Number:
         """The learning rate within its bounds; the lowest in place of one that is not finite."""
@@ -90,17 +100,17 @@ class ParameterGroups:
             return torch.where(lr.isfinite(), lr, low).clamp(low, high)
         return clamp(lr, low, high) if math.isfinite(lr) else low
 
-    def equivalent_lr(self, state: ScheduleState, decay: float) -> float:
-        """Learning rate of the first group as it would be at the base momentum.
+    def equivalent_lr(self, i: int, state: ScheduleState, decay: float) -> float:
+        """Learning rate of group i as it would be at the base momentum.
 
         Where momentum sums gradients (SGD, RMSprop) and has moved, the learning rate itself makes up for that, to leave
         the size of updates as it is; this one tells how bold the schedule is.
         """
-        return self.lr_of_base_schedule(decay) * math.exp(schedule.moved(state)[LR.name])
+        return self.lr_of_base_schedule(i, decay) * math.exp(schedule.moved(state)[LR.name])
 
-    def lr_of_base_schedule(self, decay: float) -> float:
-        """Learning rate of the first group without a policy."""
-        return float(self.optimizer.param_groups[0]["lr"]) if self.follow_scheduler else self.bases[0][LR.name] * decay
+    def lr_of_base_schedule(self, i: int, decay: float) -> float:
+        """Learning rate of group i without a policy."""
+        return float(self.optimizer.param_groups[i]["lr"]) if self.follow_scheduler else self.bases[i][LR.name] * decay
 
     def write(self, decay: float, controls: Collection[str], usual_decay: float) -> bool:
         """Write what was decided to the groups: the learning rate, and what else is under `controls`.
@@ -140,9 +150,9 @@ class ParameterGroups:
                 LR.write(group, lr)
         self._lrs = [group["lr"] for group in groups]
 
-    def states_in_use(self, state: ScheduleState, decay: float) -> dict[str, float]:
-        """The control states that the hyperparameters in use amount to, in the first group, beside a schedule."""
-        group, base, sums = self.optimizer.param_groups[0], self.bases[0], self.traits.sums_gradients
+    def states_in_use(self, i: int, state: ScheduleState, decay: float) -> dict[str, float]:
+        """The control states that the hyperparameters in use amount to, in group i, beside a schedule."""
+        group, base, sums = self.optimizer.param_groups[i], self.bases[i], self.traits.sums_gradients
         used = base_values(_without_dimensions(group))
         movable = [name for name, control in CONTROLS.items() if control.can_move(base[name])]
         states = {**state.base, **{name: CONTROLS[name].state(base[name], used[name]) for name in movable}}
@@ -151,13 +161,14 @@ class ParameterGroups:
             lr *= growth(used["momentum"], sums) / growth(base["momentum"], sums)
         return {**states, LR.name: LR.state(base[LR.name] * decay, lr)}
 
-    def rescale_buffers(self, run: Run, old: ScheduleState, new: ScheduleState) -> None:
+    def rescale_buffers(self, run: Run, old: Sequence[ScheduleState], new: Sequence[ScheduleState]) -> None:
         """Keep the average of the gradients where momentum moves: buffers hold `growth` times as much."""
-        if old.control["momentum"] == new.control["momentum"] or not self.traits.sums_gradients:
+        if not self.traits.sums_gradients:
             return
-        for group, base in zip(self.optimizer.param_groups, self.bases, strict=True):
-            if base["momentum"] > 0:
-                one, other = (schedule.hyperparameters(run, s, base)["momentum"] for s in (old, new))
+        for group, base, *states in zip(self.optimizer.param_groups, self.bases, cycle(old), cycle(new), strict=False):
+            before, after = (state.control["momentum"] for state in states)
+            if base["momentum"] > 0 and before != after:
+                one, other = (schedule.hyperparameters(run, s, base)["momentum"] for s in states)
                 self._scale_buffers(group, growth(other, 1) / growth(one, 1))
 
     def momentum_buffers(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:

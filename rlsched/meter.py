@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlsched import distributed, moments
 from rlsched.accumulation import BackwardPasses
-from rlsched.gradients import is_dense, leave_out_unless, summed_up, total_norm
+from rlsched.gradients import is_dense, leave_out_unless, norms_of, norms_of_parts, summed_up, total_norm
 from rlsched.moments import Moments
 from rlsched.number import Number, checked_loss, on_host
 from rlsched.parameter_sample import (
@@ -24,26 +25,16 @@ from rlsched.parameter_sample import (
     as_real,
     moments_of,
 )
+from rlsched.records import MAX_RECORDS, MeterState, row_of
 from rlsched.schedule import ScheduleState
 
 LARGEST = torch.finfo(torch.float32).max  # loss in a record
 LARGEST_NORM = 1e18  # a larger gradient has a square that is not finite in single precision
-MAX_RECORDS = 1024  # of a window; in a longer one, every k-th step is recorded, and all that are measured
 Buffers = Callable[[Sequence[Tensor]], list[Tensor | None]]  # the optimizer's momentum of each parameter
 
 
-class MeterState(NamedTuple):
-    """What is measured so far."""
-
-    records: Tensor | None = None  # (rows, COLUMNS) float32, on the parameters' device; of the window's inner steps
-    average_norm: Number = math.nan  # running average of the gradient norm; 0-d on the parameters' device if that waits
-    last_grad: Tensor | None = None  # of the sample, which the next gradient is compared with
-    losses: tuple[Number, ...] = ()  # reported for the step to come, 0-d or floats
-    loss_was_reported: bool = False  # ever
-
-
 class Meter:
-    """Measures one optimizer.
+    """Measures one optimizer: its network as a whole, or in parts, which share the loss and the clipping.
 
     Args:
         interval: inner steps in a window.
@@ -63,8 +54,10 @@ class Meter:
         self.parts = 1  # that the loss of the last step was divided into
         self._losses: list[Number] = []
         self._backward = BackwardPasses()
-        self._sample: ParameterSample | None = None
-        self._last_grad: Tensor | None = None  # of a sample that is yet to be made
+        self._samples: list[ParameterSample] = []  # of each part
+        self._last_grads: list[Tensor] = []  # of samples that are yet to be made
+        self._sizes: Sequence[int] = ()  # parameters in each part; none, if the network is measured as a whole
+        self._norms_of_parts: Any = None  # of the gradients of the step that is under way
         self._record: Tensor | None = None  # of the step that is under way
         self._is_measured = False  # whether products of that step are
         self._all_dense = True  # gradients, and real numbers
@@ -110,15 +103,22 @@ class Meter:
         self._losses = []
         self._backward.parts()
 
-    def loss_and_norm(self, parameters: Sequence[Tensor], grads: list[Tensor]) -> tuple[Number | None, Number]:
+    def loss_and_norm(
+        self, parameters: Sequence[Tensor], grads: list[Tensor], sizes: Sequence[int] = ()
+    ) -> tuple[Number | None, Number]:
         """The loss of the whole batch, None if nobody reported one, and the gradient norm of the whole model.
 
-        On the host these are floats: reading a number is free there, and tensors of one number are slow.
+        On the host these are floats: reading a number is free there, and tensors of one number are slow. `sizes` is of
+        the parts to measure, if not the whole: so many of the parameters each. There may be more of them than before.
         """
         device = grads[0].device
+        self._sizes, columns = sizes, COLUMNS * (len(sizes) or 1)
         if self.records is None:
             rows = min(self.interval, MAX_RECORDS)
-            self.records = torch.full((rows, COLUMNS), torch.nan, dtype=torch.float32, device=device)
+            self.records = torch.full((rows, columns), torch.nan, dtype=torch.float32, device=device)
+        elif sizes and self.records.shape[1] < columns:
+            more = self.records.new_full((len(self.records), columns - self.records.shape[1]), torch.nan)
+            self.records = torch.cat([self.records, more], 1)
         losses, self._losses = self._losses, []
         self.loss_was_reported |= bool(losses)
         self.parts = self._backward.parts()
@@ -126,7 +126,11 @@ class Meter:
         if weights is not None:
             weights = [weight for weight, p in zip(weights, parameters, strict=True) if p.grad is not None]
         summed = grads if self._all_dense else summed_up(parameters, grads)
-        loss, norm = _mean(losses, device), total_norm(summed, weights)
+        norms = norms_of(summed, weights)
+        loss, norm = _mean(losses, device), total_norm(norms)
+        if sizes:
+            counts = [sum(p.grad is not None for p in part) for part in self._parts(parameters)]
+            self._norms_of_parts = norms_of_parts(norms, counts)
         if loss is not None and self.parts > 1:
             loss = loss * self.parts
         if self._ranks > 1:
@@ -162,42 +166,58 @@ class Meter:
         column, length = state.step - state.window_start, state.window_end - state.window_start
         assert self.records is not None
         row = row_of(column, length)
-        record = self.records[row % len(self.records)] if row is not None else self.records.new_empty(COLUMNS)
+        record = self.records[row % len(self.records)] if row is not None else torch.empty_like(self.records[0])
         self._record = record
         cells: Any = record
+        norms = self._norms_of_parts if self._sizes else norm
         finite: Tensor | bool
         if isinstance(norm, Tensor):
             finite = norm <= LARGEST_NORM if loss is None else (norm <= LARGEST_NORM) & torch.as_tensor(loss).isfinite()
-            norm_seen: Number = torch.where(finite, norm, torch.nan)
+            norm_seen: Number = torch.where(finite, norms, torch.nan)
         else:
             cells = record.numpy()
             finite = abs(loss or 0.0) <= LARGEST and norm <= LARGEST_NORM
-            norm_seen, loss = (norm, loss) if finite else (math.nan, None)
+            norm_seen, loss = (norms, loss) if finite else (math.nan, None)
         if not self.watches:
             leave_out_unless(finite, parameters, grads)
-        cells[GRAD_NORM] = norm_seen
+        cells[slice(GRAD_NORM, None, COLUMNS) if self._sizes else GRAD_NORM] = norm_seen
         if loss is not None:
             cells[LOSS] = loss
 
         self._is_measured = not is_last and moments.is_measured(column, length)
         if not is_last and moments.is_measured(column + 1, length):  # whose gradient is compared with this one
-            sample = self._sample
-            if sample is None or not sample.is_of(parameters):
-                sample = self._sample = ParameterSample(parameters, self.last_grad)
-            if not self._is_measured:
-                sample.take_grad()
-            else:
-                sample.take_all(buffers(sample.chosen) if self.has_momentum else None)
+            for sample in self._samples_of(parameters):
+                if not self._is_measured:
+                    sample.take_grad()
+                else:
+                    sample.take_all(buffers(sample.chosen) if self.has_momentum else None)
         cells[CLIP_COEFFICIENT] = 1.0 if self.watches else self._clip(grads, norm, finite, multiple)
 
     def finish_step(self) -> bool:
         """Measure what the step did to the weights. Says whether there was a step."""
         if self._record is None:
             return False
-        if self._is_measured and self._sample is not None:
-            self._sample.finish(self._record)
+        if self._is_measured:
+            for sample, record in zip(self._samples, self._record.split(COLUMNS), strict=True):
+                sample.finish(record)
         self._record = None
         return True
+
+    def _parts(self, parameters: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """The parameters of each part."""
+        ends = list(accumulate(self._sizes))
+        return [parameters[end - size : end] for end, size in zip(ends, self._sizes, strict=True)] or [parameters]
+
+    def _samples_of(self, parameters: Sequence[Tensor]) -> list[ParameterSample]:
+        """The sample of each part."""
+        parts, samples = self._parts(parameters), self._samples
+        if len(samples) != len(parts) or not all(map(ParameterSample.is_of, samples, parts)):
+            lasts = dict(enumerate(self.last_grads))
+            self._samples = [
+                samples[i] if i < len(samples) and samples[i].is_of(part) else ParameterSample(part, lasts.get(i))
+                for i, part in enumerate(parts)
+            ]
+        return self._samples
 
     def _clip(self, grads: list[Tensor], norm: Number, finite: Tensor | bool, multiple: float) -> Number:
         """Scale the gradients down to what is allowed, and return the factor."""
@@ -219,19 +239,20 @@ class Meter:
         """Zero all gradients unless they are finite: those of an evaluation in the midst of a step."""
         grads = self.local_grads(parameters)
         if grads and self._rank_weights is None:
-            norm = total_norm(grads, None)
+            norm = total_norm(norms_of(grads, None))
             leave_out_unless(norm.isfinite() if isinstance(norm, Tensor) else math.isfinite(norm), parameters, grads)
 
     # --- A window ---------------------------------------------------------------------------------------------------
 
-    def window(self, steps: int) -> Moments:
-        """The moments of the first `steps` inner steps of a window, the same on all ranks.
+    def windows(self, steps: int) -> list[Moments]:
+        """The moments of the first `steps` inner steps of a window, of each part, the same on all ranks.
 
         The only place where the host waits for an accelerator.
         """
         last = row_of(steps - 1, steps)
         assert last is not None
-        return moments_of(self._whole_records()[: last + 1])
+        first, *others = map(moments_of, self._whole_records()[: last + 1].cpu().split(COLUMNS, 1))
+        return [first, *(other._replace(loss=first.loss, clipped=first.clipped) for other in others)]
 
     def clear(self, interval: int) -> None:
         """Begin a window of at most `interval` inner steps."""
@@ -239,7 +260,7 @@ class Meter:
         if self.records is not None:
             rows = min(interval, MAX_RECORDS)
             if len(self.records) != rows:
-                self.records = self.records.new_empty(rows, COLUMNS)
+                self.records = self.records.new_empty(rows, self.records.shape[1])
             self.records.fill_(torch.nan)
 
     def _whole_records(self) -> Tensor:
@@ -249,50 +270,26 @@ class Meter:
     # --- State ------------------------------------------------------------------------------------------------------
 
     @property
-    def last_grad(self) -> Tensor | None:
-        """The sample of the gradient that the next one is compared with."""
-        return self._last_grad if self._sample is None else self._sample.last_grad
+    def last_grads(self) -> list[Tensor]:
+        """Of each part, the sample of the gradient that the next one is compared with; none before there is one."""
+        return [sample.last_grad for sample in self._samples] or self._last_grads[:]
 
     def state(self) -> MeterState:
         """What was measured, of the whole model; of one that is sharded all ranks have to call this."""
-        records, last_grad, average = self.records, self.last_grad, self.average_norm
+        records, last_grads, losses = self.records, self.last_grads, tuple(map(float, self._losses))
         if self._rank_weights is not None:
             records = None if records is None else self._whole_records()
-            last_grad = None if last_grad is None else distributed.merged(last_grad)
-        records, last_grad = (None if x is None else x.clone() for x in (records, last_grad))  # a view saves its base
-        return MeterState(records, float(average), last_grad, tuple(map(float, self._losses)), self.loss_was_reported)
-
-    @staticmethod
-    def check(state: MeterState, window: int) -> None:
-        """Refuse a state that `state` cannot have given in a window of so many inner steps.
-
-        Raises:
-            ValueError: naming the part.
-        """
-        needed = row_of(window - 1, window)
-        assert needed is not None
-        for name, shape in (
-            ("records", f"(rows, {COLUMNS}), with {needed + 1} to {MAX_RECORDS} rows"),
-            ("last_grad", "(numbers,)"),
-        ):
-            tensor: Tensor | None = getattr(state, name)
-            if tensor is None:
-                continue
-            fits = tensor.ndim == 1
-            if name == "records":
-                fits = tensor.ndim == 2 and needed < len(tensor) <= MAX_RECORDS and tensor.shape[1] == COLUMNS
-            if not fits or tensor.dtype != torch.float32 or tensor.layout is not torch.strided:
-                raise ValueError(
-                    f"state_dict: meter.{name} must be a float32 tensor of shape {shape}, got {tensor.dtype} of shape "
-                    f"{tuple(tensor.shape)}"
-                )
+            last_grads = list(map(distributed.merged, last_grads))
+        records, last_grads = None if records is None else records.clone(), [x.clone() for x in last_grads]  # no views
+        return MeterState(records, float(self.average_norm), tuple(last_grads), losses, self.loss_was_reported)
 
     def load(self, state: MeterState, device: torch.device) -> None:
         """Go on from a state that `state` gave."""
-        records, last_grad = (None if x is None else x.to(device) for x in (state.records, state.last_grad))
+        records = None if state.records is None else state.records.to(device)
         if self._rank_weights is not None and records is not None:
             records = distributed.own_window(records, PRODUCTS_OF_ROWS)
-        self.records, self._last_grad, self._sample, self._record = records, last_grad, None, None
+        self._last_grads, self._samples = [last_grad.to(device) for last_grad in state.last_grads], []
+        self.records, self._record = records, None
         self.average_norm, self.loss_was_reported = state.average_norm, state.loss_was_reported
         self._losses = list(state.losses)
 
@@ -301,18 +298,7 @@ class Meter:
         self._backward.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sample": None, "_last_grad": self.last_grad}
-
-
-def row_of(column: int, length: int) -> int | None:
-    """Where the inner step `column` of a window of `length` is recorded; None if it is not."""
-    if length <= MAX_RECORDS:
-        return column
-    earlier, rows = length - moments.MEASURED_STEPS, MAX_RECORDS - moments.MEASURED_STEPS
-    every = -(-earlier // rows)
-    if column >= earlier:
-        return -(-earlier // every) + column - earlier
-    return None if column % every else column // every
+        return {**self.__dict__, "_samples": [], "_last_grads": self.last_grads}
 
 
 def _mean(losses: list[Number], device: torch.device) -> Number | None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 if TYPE_CHECKING:
@@ -45,6 +46,31 @@ def evaluated_once(closure: Callable[[], Any], loss: Any, controller: Controller
         return value
 
     return evaluate
+
+
+def step_hooks(controller: Controller) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """Hooks that let a controller drive its optimizer, before and after the step."""
+
+    def before_step(
+        _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(kwargs)
+        this, *positional = args
+        closure = kwargs.pop("closure", positional[0] if positional else None)
+        loss = kwargs.pop("loss", None)
+        if closure is not None:
+            loss = loss_of(closure)
+        with torch.no_grad():
+            controller.prepare_step(loss)
+        if closure is not None:  # known of the weights as they are now, rolled back perhaps
+            kwargs["closure"] = evaluated_once(closure, loss, controller)
+        return (this,), kwargs
+
+    @torch.no_grad()
+    def after_step(*_: Any) -> None:
+        controller.finish_step()
+
+    return before_step, after_step
 
 
 @contextmanager

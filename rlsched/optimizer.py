@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from rlsched import handover
 from rlsched.checkpoint import STATE_KEY
 from rlsched.controller import ATTACHED, Controller, refuse_attached
-from rlsched.once import evaluated_once, loss_of, no_global_hooks
+from rlsched.once import evaluated_once, loss_of, no_global_hooks, step_hooks
 from rlsched.options import shows_options
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class ScheduledOptimizer(Optimizer):
 
     Attributes:
         controller: the `Controller`, with what was done: `interventions`, a list of (step, message), and `proposal`,
-            the hyperparameters that the policy last decided on, by control.
+            the hyperparameters that the policy last decided on, by control (`proposals`, of each group by itself).
 
     Args:
         optimizer: the optimizer to drive; its present learning rates and momenta are the base values.
@@ -129,7 +129,8 @@ class ScheduledOptimizer(Optimizer):
         trust: the factor by which the policy may move the learning rate from the base schedule, either way: 2 for
             fine-tuning, say. None: as far as it likes, but for optimizers that find their own scale (Adadelta, Rprop,
             Prodigy, D-Adaptation), for which it is 10. A probe, and a cut after a divergence, go lower if need be.
-        lr_bounds: lowest and highest learning rate of any parameter group, whatever the schedule says.
+        lr_bounds: lowest and highest learning rate of any parameter group, whatever the schedule says. With weights in
+            float16 the highest is never above 65,504, the largest number that they can be multiplied by.
         max_update_ratio: the learning rate is held so low that updates have at most so many times the norm of the
             weights (geometric mean of a window).
         shadow: look, propose and log, and do nothing: training is bit-equal to that without rlsched. The proposals
@@ -140,6 +141,12 @@ class ScheduledOptimizer(Optimizer):
         keep_best: keep the weights of the best validation, for `best` and `restore_best`; as much memory as the
             weights, and as much more of a checkpoint.
         averaging: average the weights, for `averaged`; as much memory again, and a pass over the weights at each step.
+        per_group: each parameter group has a state c of its own, which the policy moves by what is measured of that
+            group: its gradients, updates and weights. The loss is the run's, and so is the answer to a divergence; the
+            bound on updates, and how high the probe lets a group start, are the group's own. All groups are decided in
+            one call. Gradients are clipped by one norm for all, as the strictest group has it. A group without
+            gradients in a window stands still, and one that is added begins at the first group's c_lr. `freeze` is
+            refused, as are sharded parameters. The shipped policy was not trained for it; see the README for figures.
 
     Behaviour worth knowing:
         - Gradients are clipped in place, and those of a step whose loss or gradient is not finite never reach the
@@ -316,25 +323,7 @@ def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
         raise ValueError("optimizer is a ScheduledOptimizer already")
     refuse_attached(optimizer)
     controller = Controller(optimizer, **options)
-
-    def before_step(
-        _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = dict(kwargs)
-        this, *positional = args
-        closure = kwargs.pop("closure", positional[0] if positional else None)
-        loss = kwargs.pop("loss", None)
-        if closure is not None:
-            loss = loss_of(closure)
-        with torch.no_grad():
-            controller.prepare_step(loss)
-        if closure is not None:  # known of the weights as they are now, rolled back perhaps
-            kwargs["closure"] = evaluated_once(closure, loss, controller)
-        return (this,), kwargs
-
-    @torch.no_grad()
-    def after_step(*_: Any) -> None:
-        controller.finish_step()
+    before, after = step_hooks(controller)
 
     def with_own_values(_: Optimizer, state_dict: dict[str, Any]) -> None:
         state_dict["param_groups"] = controller.groups.given(state_dict["param_groups"])
@@ -342,7 +331,7 @@ def attach(optimizer: Optimizer, **options: Unpack[Options]) -> Controller:
     # Left to a fused optimizer, GradScaler would pass on scaled gradients, and steps that are to be skipped.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     setattr(optimizer, ATTACHED, True)
-    controller._handles = [optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step)]
+    controller._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
     if hasattr(optimizer, "_optimizer_state_dict_post_hooks"):  # which some do not have that wrap others
         controller._handles.append(optimizer.register_state_dict_post_hook(with_own_values))
     return controller

@@ -46,6 +46,7 @@ class CallbackOptions(TypedDict, total=False):
     patience: int | None
     keep_best: bool
     averaging: bool
+    per_group: bool
 
 
 class Options(CallbackOptions, total=False):
@@ -80,6 +81,7 @@ class ScheduleOptions:
     patience: int | None = None
     keep_best: bool = False
     averaging: bool = False
+    per_group: bool = False
 
     def __post_init__(self) -> None:
         counts = {"decisions": "decisions in a run"}
@@ -105,6 +107,8 @@ class ScheduleOptions:
             raise TypeError(f"writer must be a SummaryWriter, which has add_scalar, got {type(self.writer).__name__}")
         if self.shadow and self.follow_scheduler:
             raise ValueError("follow_scheduler: in shadow mode nothing is set, and so nothing can follow")
+        if not isinstance(self.per_group, bool):
+            raise TypeError(f"per_group must be True or False, got {self.per_group!r}")
         chosen = checked_names("controls", self.controls, CONTROLS)
         object.__setattr__(self, "controls", tuple(name for name in CONTROL_NAMES if name in chosen))
         if not isinstance(self.policy, str | Path | Policy):

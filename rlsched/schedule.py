@@ -45,6 +45,7 @@ class ScheduleState(NamedTuple):
     window_start: Number  # inner steps done when the window began
     window_end: Number  # and when it ends, which is when the next decision is due
     memory: Any = None  # the policy's
+    bound: Number = LR.high  # of the lr control's state: what a guard allows since a divergence
 
 
 def decision_interval(total_steps: int, decisions: int) -> int:
@@ -67,6 +68,7 @@ def begin(run: Run, base: Mapping[str, Number], *, probing: bool, memory: Any = 
         window_start=zero,
         window_end=zero + 1,
         memory=memory,
+        bound=LR.high + zero,
     )
 
 
@@ -155,10 +157,19 @@ MAX_DECREASE = 0.3  # of the loss, as predicted to first order
 MAX_UPDATE = 0.1  # of the norm of the weights
 
 
-def probe(run: Run, state: ScheduleState, window: Moments) -> Number:
-    """Log of the highest factor on the base learning rate that is safe, (*batch,), from the window of a probe."""
-    last = moments.last_steps(window, 1)
-    decrease, ratio = mean(moments.predicted_decrease(last)), mean(moments.update_ratio(last))
+def promised(window: Moments) -> Number:
+    """Decrease of the loss over the loss that the gradient predicts for the last inner step of a window, (*batch,)."""
+    return mean(moments.predicted_decrease(moments.last_steps(window, 1)))
+
+
+def probe(run: Run, state: ScheduleState, window: Moments, decrease: Number | None = None) -> Number:
+    """Log of the highest factor on the base learning rate that is safe, (*batch,), from the window of a probe.
+
+    Where the window is of one part of a network, `decrease` is what is `promised` of the whole, as all parts make the
+    step together. What the step does to weights is measured by the part alone: a small one would not show in the whole.
+    """
+    decrease = promised(window) if decrease is None else decrease
+    ratio = mean(moments.update_ratio(moments.last_steps(window, 1)))
     momentum = 1 - 10 ** -state.base["momentum"]
     return safe_offset(decrease, ratio, control.growth(momentum, run.sums_gradients))
 

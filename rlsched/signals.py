@@ -75,6 +75,7 @@ TRACES: Mapping[str, Trace] = {
     **{f"loss_{name}": Trace(lambda w: w.loss, _half_life(fraction)) for name, fraction in HALF_LIVES.items()},
     "shared_gradient": Trace(lambda w: w.shared_gradient, lambda run: SLOW),
 }
+OF_THE_LOSS = {name for name in TRACES if "loss" in name}  # traces that all parts of a network share
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,11 @@ OBSERVATION_NAMES = tuple(OBSERVATIONS)
 def start(like: Number = math.nan) -> History:
     """The history of runs that have not begun; of N runs `like` is a tensor (N,)."""
     return {name: math.nan * like for name in TRACES}
+
+
+def joined(history: History) -> History:
+    """The history of a parameter group that joins a run: what is known of the loss, and of the group's own nothing."""
+    return {name: value if name in OF_THE_LOSS else math.nan for name, value in history.items()}
 
 
 def observe(

@@ -23,7 +23,7 @@ class Snapshot(NamedTuple):
 
     tensors: list[tuple[Tensor, Tensor]]  # each parameter and each buffer of the model, and what it was
     optimizer_state: dict[Tensor, Any]
-    schedule: ScheduleState
+    schedule: list[ScheduleState]  # of all groups, or of each
     guard: Any  # what the guard remembers
     average_norm: Number  # of the gradient
 
@@ -31,7 +31,7 @@ class Snapshot(NamedTuple):
     def of(
         cls,
         optimizer: Optimizer,
-        schedule: ScheduleState,
+        schedule: list[ScheduleState],
         guard: Any,
         average_norm: Number,
         *,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from rlsched import moments
 from rlsched.moments import Moments, cosine
-from rlsched.number import Number, Series, clamp, deviation, each, log, mean, where
+from rlsched.number import Number, Series, clamp, deviation, each, exp, log, mean, where
 
 
 class Summary(NamedTuple):
@@ -55,6 +56,23 @@ def summarise(window: Moments) -> Summary:
         grad_norm_std=deviation(log_norm, grad_norm),
         loss_trend=mean(_part(log_loss, half, None)) - mean(_part(log_loss, None, half)),
         last_grad_norm=log_norm[..., -1] if isinstance(log_norm, Tensor) else log_norm[-1],
+    )
+
+
+def whole(parts: Sequence[Summary]) -> Summary:
+    """A window of one run, of whose parts these are: what the parts share, and what adds up. The rest is not known."""
+    if len(parts) == 1:
+        return parts[0]
+    first, unknown = parts[0], Summary(*[math.nan] * len(Summary._fields))
+    squares = [exp(2 * part.grad_norm) for part in parts]
+    decreases = [exp(part.predicted_decrease) for part in parts]
+    return unknown._replace(
+        loss=first.loss,
+        loss_std=first.loss_std,
+        loss_trend=first.loss_trend,
+        clipped=first.clipped,
+        grad_norm=log(sum(x for x in squares if x == x)) / 2,
+        predicted_decrease=log(sum(x for x in decreases if x == x)),
     )
 
 

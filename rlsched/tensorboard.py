@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 from rlsched.control import CONTROLS
 from rlsched.number import exp
@@ -16,6 +14,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from rlsched.controller import Controller
+    from rlsched.per_group import Decision
     from rlsched.summary import Summary
 
 # Charts that belong together, for TensorBoard's Custom Scalars tab.
@@ -59,33 +58,32 @@ class RunLog:
         self.writer = writer
 
     def decision(
-        self, run: Controller, window: Summary, observation: Tensor, actions: Mapping[str, float], base_lr: float
+        self, run: Controller, window: Summary, decisions: Sequence[Decision], base_lrs: Sequence[float]
     ) -> None:
-        """Write what was seen in a window, and what was decided for the next.
+        """Write what was seen in a window, and what was decided for the next. Of several groups, each by its name.
 
         Args:
             run: the controller, after the decision.
             window: what was measured.
-            observation: what the policy saw of it, (observations,).
-            actions: of the policy, by control.
-            base_lr: learning rate of the base schedule, of the first group.
+            decisions: of each group, or of all; what the policy saw, and its actions.
+            base_lrs: learning rates of the base schedule, of the same groups.
         """
         if self.writer is None:
             return
         proposed = "proposed_" if run.options.shadow else ""
-        scalars = {f"observation/{n}": v for n, v in zip(run.policy.observations, observation.tolist(), strict=True)}
-        scalars |= {f"action/{name}": value for name, value in actions.items()}
-        scalars |= {f"rlsched/{proposed}{name}": value for name, value in run.proposal.items()}
-        scalars |= {
-            "rlsched/loss": exp(window.loss),
-            "rlsched/grad_norm": exp(window.grad_norm),
-            "rlsched/base_schedule_lr": base_lr,
-            "rlsched/equivalent_lr": run.equivalent_lr,
-        }
-        if run.options.shadow:
-            scalars["rlsched/lr"] = float(run.optimizer.param_groups[0]["lr"])
-        if hasattr(run.policy, "influence"):
-            scalars["rlsched/influence"] = float(run.policy.influence(observation))
+        scalars = {"rlsched/loss": exp(window.loss), "rlsched/grad_norm": exp(window.grad_norm)}
+        names = [f"/{name}" for name in run.groups.names] if run.options.per_group else [""]
+        for i, (name, (observation, actions, _), base_lr) in enumerate(zip(names, decisions, base_lrs, strict=True)):
+            seen = zip(run.policy.observations, observation.tolist(), strict=True)
+            own = {f"observation/{entry}": value for entry, value in seen}
+            own |= {f"action/{control}": value for control, value in actions.items()}
+            own |= {f"rlsched/{proposed}{control}": value for control, value in run.proposals[i].items()}
+            own |= {"rlsched/base_schedule_lr": base_lr, "rlsched/equivalent_lr": run.equivalent_lrs[i]}
+            if run.options.shadow:
+                own["rlsched/lr"] = float(run.optimizer.param_groups[i]["lr"])
+            if hasattr(run.policy, "influence"):
+                own["rlsched/influence"] = float(run.policy.influence(observation))
+            scalars |= {f"{tag}{name}": value for tag, value in own.items()}
         for tag, value in scalars.items():
             if math.isfinite(value):
                 self.writer.add_scalar(tag, value, run.step_count)

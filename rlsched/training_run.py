@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlsched import schedule
+from rlsched import records, schedule
 from rlsched.checkpoint import Saved, packed, unpacked
-from rlsched.frozen import Window
+from rlsched.frozen import FrozenSchedule, Window
 from rlsched.length import Length
 from rlsched.number import checked_count, checked_loss
 from rlsched.options import ScheduleOptions
@@ -45,7 +45,7 @@ class TrainingRun(ABC):
     log: RunLog
     length: Length
     run: Run
-    state: ScheduleState
+    states: list[ScheduleState]
     windows: list[Window]
     validation: Validation
     kept: KeptWeights
@@ -56,6 +56,19 @@ class TrainingRun(ABC):
     @abstractmethod
     def _hold(self) -> None:
         """Work out what holds until the next decision."""
+
+    @property
+    def state(self) -> ScheduleState:
+        """The first of the states, which all have the same clock."""
+        return self.states[0]
+
+    def _set_clock(self, **fields: Any) -> None:
+        """Set what all states have in common."""
+        self.states = [state._replace(**fields) for state in self.states]
+
+    @abstractmethod
+    def _warn(self, what: str, message: str) -> None:
+        """Warn once of each `what`."""
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -113,7 +126,7 @@ class TrainingRun(ABC):
             raise ValueError(f"total_steps must be at least the {step} steps that are done, got {total_steps}")
         self.length = self.length.ending_at(total_steps, step)
         self.run = self.length.measured(self.run, step)
-        self.state = state._replace(window_end=max(step, min(state.window_end, total_steps)))
+        self._set_clock(window_end=max(step, min(state.window_end, total_steps)))
         self._note_window()
 
     def _note_window(self) -> None:
@@ -197,6 +210,32 @@ class TrainingRun(ABC):
         """Go back to the weights of the best validation, for good. The optimizer's own state stays; see `best`."""
         self.kept.restore_best(model, batches)
 
+    def freeze(self) -> FrozenSchedule:
+        """The schedule that this run followed, to be replayed without a policy.
+
+        Frozen is what was decided, not what is done beside it: `max_grad_norm`, `lr_bounds`, steps that were left out,
+        weights that were rolled back. If decisions are still to come, the last one is held to the end, with a warning.
+
+        Raises:
+            ValueError: the run follows a torch scheduler, or is in shadow mode, so that the learning rate was not the
+                policy's; or each group has a schedule of its own; or nobody knows how long it is.
+        """
+        for name, whose in (
+            ("follow_scheduler", "a torch scheduler's"),
+            ("shadow", "the user's own"),
+            ("per_group", "each group's own"),
+        ):
+            if getattr(self.options, name):
+                raise ValueError(f"{name}=True: the learning rate was {whose}, so there is no one schedule to freeze")
+        if self.total_steps is None:
+            raise ValueError("total_steps=None: what has no end cannot be frozen; finish(steps) gives the run one")
+        if self.state.window_end < self.total_steps:
+            self._warn(
+                "unfinished",
+                f"the run is at step {self.step_count} of {self.total_steps}: its last decision is held to the end",
+            )
+        return FrozenSchedule.of(self.windows, self.groups.bases, self.policy.base_schedule)
+
     # --- State ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,7 +270,7 @@ class TrainingRun(ABC):
 
     def packed(self, snapshot: Snapshot | None, exponents: Sequence[int] = ()) -> dict[str, bytes]:
         """The state with this snapshot, beside momentum buffers that are scaled by these powers of two."""
-        parts = self.state, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
+        parts = self.states, self.meter.state(), self.guard.state, self.groups.bases, self.windows, self.skipped
         kept = self.kept.state()
         saved = Saved(*parts, self.total_steps, self.validation, kept, list(exponents), snapshot)
         return packed(saved, self._identity())
@@ -240,8 +279,8 @@ class TrainingRun(ABC):
         """What is in a state; see `load_state_dict` for the errors."""
         memory, model = self.policy.begin(), self.options.model
         saved = unpacked(state_dict, self._identity(), self.optimizer, model=model, memory=memory)
-        now, asked = saved.schedule, self.total_steps
-        self.meter.check(saved.meter, now.window_end - now.window_start)
+        now, asked = saved.schedule[0], self.total_steps
+        records.check(saved.meter, now.window_end - now.window_start, len(saved.schedule))
         self.kept.check(saved.kept)
         if asked is not None and asked != saved.total_steps and asked < now.step:
             raise ValueError(f"state_dict is of a run that has done {now.step} steps, this one has total_steps={asked}")
@@ -251,7 +290,7 @@ class TrainingRun(ABC):
         """Go on from a state that was unpacked, to the end that this run was to have."""
         asked, base, last = self.total_steps, self.policy.base_schedule, saved.windows[-1]
         self.kept.load(saved.kept)  # which ranks do together
-        self.state, self.windows, self.skipped = saved.schedule, saved.windows, saved.skipped
+        self.states, self.windows, self.skipped = saved.schedule, saved.windows, saved.skipped
         self.guard.state, self.guard.snapshot = saved.guard, saved.snapshot
         self.validation = saved.validation
         base = base if saved.total_steps is None else replace(base, knots=last.knots)
@@ -268,7 +307,8 @@ class TrainingRun(ABC):
     def _identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on where the other was."""
         decisions, policy = self.length.decisions, self.policy.digest
-        return {"decisions": decisions, "policy": policy, "controls": list(self._moving)}
+        per_group, controls = self.options.per_group, list(self._moving)
+        return {"decisions": decisions, "policy": policy, "controls": controls, "per_group": per_group}
 
     def __getstate__(self) -> dict[str, Any]:
         guard = copy.copy(self.guard)

@@ -155,19 +155,35 @@ def everything(model, optimizer, controller):
 
 
 FORGED = {
-    "NaN for a control": (["schedule", "control", "lr"], math.nan, r"schedule.control.lr must be finite"),
-    "control out of range": (["schedule", "control", "lr"], 9.0, r"schedule.control.lr must be in \[-7, 7\], got 9.0"),
-    "number as text": (["schedule", "lr_offset"], "0", r"schedule.lr_offset must be a number, got '0'"),
-    "truth for a number": (["schedule", "control", "clip"], True, r"schedule.control.clip must be a number"),
-    "step that is none": (["schedule", "step"], 3.0, r"window_start|schedule.step must be an int"),
-    "negative step": (["schedule", "step"], -1, r"schedule.step must be finite and in \[0, "),
-    "step of another window": (["schedule", "step"], 12, r"schedule.step must be at most the end of its window, 11"),
-    "window that never ends": (["schedule", "window_end"], 3, r"schedule.window_end must be behind its start"),
-    "another base": (["schedule", "base", "momentum"], 2.0, r"schedule.base.momentum must be 1.0*, the base value's"),
-    "infinite history": (["schedule", "history", "slow_loss"], math.inf, r"schedule.history.slow_loss must be finite"),
+    "NaN for a control": (["schedule", 0, "control", "lr"], math.nan, r"schedule\[0\].control.lr must be finite"),
+    "control out of range": (
+        ["schedule", 0, "control", "lr"],
+        9.0,
+        r"schedule\[0\].control.lr must be in \[-7, 7\], got 9.0",
+    ),
+    "number as text": (["schedule", 0, "lr_offset"], "0", r"schedule\[0\].lr_offset must be a number, got '0'"),
+    "truth for a number": (["schedule", 0, "control", "clip"], True, r"schedule\[0\].control.clip must be a number"),
+    "step that is none": (["schedule", 0, "step"], 3.0, r"window_start|schedule\[0\].step must be an int"),
+    "negative step": (["schedule", 0, "step"], -1, r"schedule\[0\].step must be finite and in \[0, "),
+    "step of another window": (
+        ["schedule", 0, "step"],
+        12,
+        r"schedule\[0\].step must be at most the end of its window, 11",
+    ),
+    "window that never ends": (["schedule", 0, "window_end"], 3, r"schedule\[0\].window_end must be behind its start"),
+    "another base": (
+        ["schedule", 0, "base", "momentum"],
+        2.0,
+        r"schedule\[0\].base.momentum must be 1.0*, the base value's",
+    ),
+    "infinite history": (
+        ["schedule", 0, "history", "slow_loss"],
+        math.inf,
+        r"schedule\[0\].history.slow_loss must be finite",
+    ),
     "guard with a key": (["guard", "wings"], 1, r"another version of rlsched: guard has an unknown 'wings'"),
     "guard of numbers": (["guard"], 3, r"guard must be a dict, got 3"),
-    "ceiling": (["guard", "ceiling"], math.nan, r"guard.ceiling must be finite and in \[-7, 7\]"),
+    "ceiling": (["schedule", 0, "bound"], math.nan, r"schedule\[0\].bound must be finite and in \[-7, 7\]"),
     "count": (["guard", "nonfinite"], "many", r"guard.nonfinite must be an int, got 'many'"),
     "interventions": (
         ["guard", "interventions"],
@@ -181,9 +197,9 @@ FORGED = {
     ),
     "type of records": (["meter", "records"], [1.0], r"meter.records must be a Tensor, got \[1.0\]"),
     "gradient": (
-        ["meter", "last_grad"],
-        torch.zeros(3, dtype=torch.int64),
-        r"meter.last_grad must be a float32 tensor",
+        ["meter", "last_grads"],
+        [torch.zeros(3, dtype=torch.int64)],
+        r"meter.last_grads\[0\] must be a float32 tensor",
     ),
     "average norm": (["meter", "average_norm"], -1.0, r"meter.average_norm must be finite and in \[0, inf\]"),
     "flag": (["meter", "loss_was_reported"], 1, r"meter.loss_was_reported must be a bool, got 1"),
@@ -197,9 +213,9 @@ FORGED = {
         r"exponents|base",
     ),
     "ceiling of the schedule": (
-        ["schedule", "ceiling"],
+        ["schedule", 0, "ceiling"],
         8.0,
-        r"schedule.ceiling must be finite and in \[-7, 7.25\], got 8.0",
+        r"schedule\[0\].ceiling must be finite and in \[-7, 7.25\], got 8.0",
     ),
     "noise": (["guard", "noise"], -1.0, r"guard.noise must be finite and in \[0, inf\], got -1.0"),
     "loss beyond floats": (["guard", "first"], 1e300, r"guard.first must be finite and in \[-104, 89\]"),
@@ -293,8 +309,8 @@ def test_forged_memory_is_refused(memory):
     state = optimizer.state_dict()
     _, other = started()
     other.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"schedule\.memory must be finite, and like what the policy begins with"):
-        other.load_state_dict(forged(state, lambda plain: plain["schedule"].update(memory=memory)))
+    with pytest.raises(ValueError, match=r"schedule\[0\]\.memory must be finite, and like what the policy begins with"):
+        other.load_state_dict(forged(state, lambda plain: plain["schedule"][0].update(memory=memory)))
 
 
 @pytest.mark.parametrize("part, index", [("tensors", 1), ("optimizer_state", 2), ("schedule", None), ("guard", None)])

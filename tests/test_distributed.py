@@ -168,6 +168,19 @@ def trained(rank, spread, make, size="whole", spoil=None):
         return Training(rank, spread, make, on_divergence="rollback").run(range(STEPS), spoil).result()
 
 
+def by_group(rank, spread=replicated):
+    """A whole run with a state for each layer; or why there is none."""
+
+    def make(parameters):
+        one, two, *others = parameters
+        return torch.optim.SGD([{"params": [one, two]}, {"params": others, "lr": 0.05}], 0.1, 0.9)
+
+    try:
+        return Training(rank, spread, make, per_group=True).run(range(STEPS)).result()
+    except ValueError as error:
+        return {"refused": str(error)}
+
+
 def loss_on_one_rank(rank):
     """Only the first rank reports a loss; no rank warns that there is none."""
     it = Training(rank, replicated, OPTIMIZERS["SGD"]).run([0], report=rank == 0)
@@ -331,6 +344,8 @@ def jobs(folder):
                 name = (spread.__name__, kind)
                 yield DOUBLE, name, lambda rank, s=spread, f=spoil: trained(rank, s, OPTIMIZERS["AdamW"], spoil=f)
     yield DOUBLE, "loss on one rank", loss_on_one_rank
+    yield DOUBLE, "by group", by_group
+    yield DOUBLE, "shards by group", lambda rank: by_group(rank, sharded)
     for everyone in (False, True):
         yield DOUBLE, ("validated", everyone), lambda rank, e=everyone: validated(rank, everyone=e)
     yield SAME_BITS, "best of shards", best_of_shards
@@ -406,6 +421,14 @@ def test_two_ranks_are_one_process_on_the_joined_batch(ranks, spread, kind):
     expected = trained(None, alone, OPTIMIZERS[kind])
     assert_close(one, expected)
     assert (expected["path"].std(0) > 1e-3).all()
+
+
+def test_two_ranks_decide_of_each_group_as_one_process(ranks):
+    """Ranks that measured their groups by themselves would part; and shards do not tell of which group they are."""
+    one, other = ranks("by group")
+    assert_same(one, other)
+    assert_close(one, by_group(None, alone))
+    assert all("per_group=True: parameters that fully_shard" in each["refused"] for each in ranks("shards by group"))
 
 
 @pytest.mark.parametrize("size", SIZES)

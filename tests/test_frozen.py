@@ -143,7 +143,7 @@ def test_cut_that_the_control_cannot_reach_is_frozen():
     model = network()
     optimizer = scheduled(model, policy=SchedulePolicy.zero())
     controller = optimizer.controller
-    controller.state = with_lr(controller.state, LR.low + 1)  # taken up at the first decision, before step 1
+    controller.states = [with_lr(controller.state, LR.low + 1)]  # taken up at the first decision, before step 1
     hyperparameters = train(model, optimizer, range(4))
     for _ in range(4, 7):
         for p in model.parameters():

@@ -49,10 +49,11 @@ POLICIES = [lively_policy(), lively_policy(5), SchedulePolicy.zero(), SchedulePo
     resume=st.booleans(),
     everywhere=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    per_group=st.booleans(),
 )
-@example([[(1e90, 1.0)] * 9], "SGD", POLICIES[0], 1.0, 30, "cut", (0.0, math.inf), False, True, torch.float32)
+@example([[(1e90, 1.0)] * 9], "SGD", POLICIES[0], 1.0, 30, "cut", (0.0, math.inf), False, True, torch.float32, False)
 def test_weights_stay_finite_and_learning_rates_in_bounds(
-    sequence, make, policy, lr, total_steps, on_divergence, bounds, resume, everywhere, dtype
+    sequence, make, policy, lr, total_steps, on_divergence, bounds, resume, everywhere, dtype, per_group
 ):
     """A wrapper that one bad number brings down, or lets through to the weights, is not left alone with a long run."""
     if policy is POLICIES[-2] or total_steps == 1:
@@ -60,12 +61,13 @@ def test_weights_stay_finite_and_learning_rates_in_bounds(
 
     def scheduled():
         return ScheduledOptimizer(
-            OPTIMIZERS[make](model.parameters(), lr),
+            OPTIMIZERS[make]([{"params": layer.parameters()} for layer in model], lr),
             policy=policy,
             total_steps=total_steps,
             decisions=10,
             on_divergence=on_divergence,
             lr_bounds=bounds,
+            per_group=per_group,
         )
 
     torch.manual_seed(0)

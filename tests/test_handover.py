@@ -369,7 +369,7 @@ def test_run_that_is_well_takes_a_snapshot_when_it_goes_on():
     assert guard.snapshot is not None
     for p, saved in guard.snapshot.tensors:
         assert p.shape == saved.shape
-    assert int(guard.snapshot.schedule.step) == 32
+    assert int(guard.snapshot.schedule[0].step) == 32
 
 
 @pytest.mark.parametrize("kind", SNAPSHOTS)

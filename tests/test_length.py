@@ -107,10 +107,10 @@ def test_learning_rate_goes_on_where_it_is(base, total, step):
     model, optimizer, driver = started(40, lively_policy(base_schedule=base))
     lrs_of(model, optimizer, range(step))
     controller = driver.controller
-    before = controller.groups.lr(controller.groups.lr_of_base_schedule(controller._decay()))
+    before = controller.groups.lr(0, controller.groups.lr_of_base_schedule(0, controller._decay()))
     states = dict(controller.state.control)
     driver.extend(total)
-    assert controller.groups.lr(controller.groups.lr_of_base_schedule(controller._decay())) == before
+    assert controller.groups.lr(0, controller.groups.lr_of_base_schedule(0, controller._decay())) == before
     assert controller.state.control == states and controller.total_steps == total
     lrs = lrs_of(model, optimizer, range(step, total))
     assert all(math.isfinite(lr) and lr > 0 for lr in lrs)

@@ -10,7 +10,7 @@ from helpers import lively_policy, loss_at, network
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlsched import ScheduledOptimizer, gradients, hyperparameters, meter
+from rlsched import ScheduledOptimizer, gradients, hyperparameters, meter, records
 from rlsched.moments import MEASURED_STEPS
 
 
@@ -47,14 +47,14 @@ def test_gradients_of_any_kind_are_left_out(known):
 @pytest.mark.parametrize("length", [1, 9, 1023, 1024, 1025, 5000, 10**6])
 def test_record_of_a_window_is_bounded(length):
     """A window of a run of 10⁹ steps would take a gigabyte, in memory and in every checkpoint."""
-    places = {row: column for column in range(length) if (row := meter.row_of(column, length)) is not None}
-    assert sorted(places) == list(range(len(places))) and len(places) <= meter.MAX_RECORDS
+    places = {row: column for column in range(length) if (row := records.row_of(column, length)) is not None}
+    assert sorted(places) == list(range(len(places))) and len(places) <= records.MAX_RECORDS
     last = min(length, MEASURED_STEPS)
     assert list(places.values())[-last:] == list(range(length - last, length)), "steps that are measured"
-    if length <= meter.MAX_RECORDS:
+    if length <= records.MAX_RECORDS:
         assert list(places) == list(places.values())
     else:
-        assert len(places) > meter.MAX_RECORDS / 3
+        assert len(places) > records.MAX_RECORDS / 3
         gaps = {b - a for a, b in pairwise(list(places.values())[:-MEASURED_STEPS])}
         assert len(gaps) == 1, "spread evenly"
 
@@ -67,18 +67,21 @@ ON_META = {
 }
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("max_grad_norm, per_group", [(None, False), (1.0, False), (None, True)])
 @pytest.mark.parametrize("make", ON_META.values(), ids=ON_META)
-def test_between_decisions_no_accelerator_is_waited_for(make, max_grad_norm):
+def test_between_decisions_no_accelerator_is_waited_for(make, max_grad_norm, per_group):
     """Small steps on a GPU would take twice the time: each would be queued only when the last one is done.
 
     Tensors on the device "meta" have no values. To read one from the host is an error, as it is to copy one there.
     """
     model = network().to("meta")
     options = {"total_steps": 200, "decisions": 10, "policy": lively_policy(), "max_grad_norm": max_grad_norm}
-    optimizer = ScheduledOptimizer(make(model.parameters()), **options)
+    groups = [{"params": layer.parameters()} for layer in (model[0], model[2])]
+    optimizer = ScheduledOptimizer(make(groups), per_group=per_group, **options)
     controller = optimizer.controller
-    controller.state = controller.state._replace(window_end=20)  # of which the last 8 steps are measured
+    controller.states = [
+        state._replace(window_end=20) for state in controller.states
+    ]  # of which the last 8 steps are measured
 
     def step(report):
         optimizer.zero_grad()
@@ -197,6 +200,22 @@ def test_loss_that_is_divided_for_accumulation_is_recognised(report):
     assert not silent and [message for _, message in said] == [
         "losses are quotients, of 4 backward passes: multiplied by 4"
     ]
+
+
+def test_divided_loss_after_a_skipped_step_counts_once():
+    """A GradScaler that skips a step would have the next loss counted twice."""
+    model = network()
+    optimizer = ScheduledOptimizer(torch.optim.SGD(model.parameters(), 0.1), total_steps=100, policy=lively_policy())
+    for step in range(2):
+        optimizer.zero_grad()
+        for part in range(4):
+            loss = loss_at(model, part) / 4
+            loss.backward()
+            optimizer.observe(loss)
+        if step == 1:
+            optimizer.step()
+    whole = sum(loss_at(network(), part).item() for part in range(4)) / 4
+    assert float(optimizer.controller.meter.records[0, meter.LOSS]) == pytest.approx(whole, rel=1e-5)
 
 
 def test_mean_that_is_a_quotient_is_left_as_it_is():

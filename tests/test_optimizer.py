@@ -343,10 +343,10 @@ def test_sparse_gradients_count_as_dense_ones(face, kind, size, monkeypatch):
         return torch.tensor(path), controller
 
     (sparse, controller), (dense, other) = run(True), run(False)
-    assert controller.meter.last_grad.count_nonzero() > 20
+    assert controller.meter.last_grads[0].count_nonzero() > 20
     if kind != "SparseAdam":
         torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(controller.meter.last_grad, other.meter.last_grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(controller.meter.last_grads[0], other.meter.last_grads[0], rtol=1e-3, atol=1e-6)
     assert sparse[:, 1].std() > 0.1
 
 
@@ -385,7 +385,7 @@ def test_complex_parameters_are_measured_as_real_ones(size, kind, monkeypatch):
             loss.backward()
             optimizer.step(loss=loss)
             path.append([optimizer.param_groups[0]["lr"], *controller.state.control.values()])
-        return torch.tensor(path), controller.meter.last_grad
+        return torch.tensor(path), controller.meter.last_grads[0]
 
     (path, grad), (expected, expected_grad) = run(True), run(False)
     torch.testing.assert_close(path, expected, rtol=1e-4, atol=1e-5)

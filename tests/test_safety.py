@@ -135,11 +135,11 @@ def test_cut_is_a_tenth_wherever_the_control_stands():
         guard, state = guard_of(network())
         before = schedule.with_lr(state, lr)._replace(lr_offset=-0.5)
         window = window_of([math.nan] * WINDOW)
-        after, _, diverges = guard.answer_divergence(RUN, before, before, window, summarise(window))
+        (after,), _, diverges = guard.answer_divergence(RUN, [before], [before], window, summarise(window))
         assert diverges
         assert after.control["lr"] >= LR.low
         assert math.exp(after.control["lr"] + after.lr_offset - lr + 0.5) == pytest.approx(0.1)
-        assert guard.state.ceiling == pytest.approx(max(LR.low, lr - math.log(2)))
+        assert after.bound == pytest.approx(max(LR.low, lr - math.log(2)))
 
 
 # --- Divergence: what is done ---------------------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def test_interventions_are_logged_and_saved(caplog):
     other = scheduled(network())
     other.load_state_dict(optimizer.state_dict())
     assert other.controller.interventions == optimizer.controller.interventions
-    assert other.controller.guard.state.ceiling == optimizer.controller.guard.state.ceiling < LR.high
+    assert other.controller.state.bound == optimizer.controller.state.bound < LR.high
 
 
 def test_bad_batches_are_counted():
@@ -525,11 +525,11 @@ def test_idle_run_goes_back_to_the_base_schedule():
     run = RUN._replace(total_steps=100 * WINDOW)
     state, window = at(5.0, state)._replace(lr_offset=-0.5), window_of([4.0] * WINDOW)
     for _ in range(12):
-        after, _, diverges = guard.answer_divergence(run, state, state, window, summarise(window))
+        (after,), _, diverges = guard.answer_divergence(run, [state], [state], window, summarise(window))
         if diverges:
             break
     assert diverges and after.control["lr"] + after.lr_offset == pytest.approx(0)
-    assert guard.state.ceiling == pytest.approx(0.5), "the same, of the control's state"
+    assert after.bound == pytest.approx(0.5), "the same, of the control's state"
 
 
 def test_pinned_learning_rate_comes_free_again():
@@ -538,19 +538,21 @@ def test_pinned_learning_rate_comes_free_again():
     run = RUN._replace(total_steps=100 * WINDOW)
 
     def feed(loss):
+        nonlocal state
         window = window_of([loss] * WINDOW)
-        return guard.answer_divergence(run, state, state, window, summarise(window))
+        (after,), _, _ = guard.answer_divergence(run, [state], [state], window, summarise(window))
+        state = state._replace(bound=after.bound)
 
     feed(1.0)
     feed(100.0)
-    held = guard.state.ceiling
+    held = state.bound
     assert held < LR.high
     for k in range(50):
         feed(100.0 * 0.99**k)
-    assert guard.state.ceiling == pytest.approx(held + 50 * EASE)
+    assert state.bound == pytest.approx(held + 50 * EASE)
     for _ in range(3):
         feed(130.0)
-    assert guard.state.ceiling < held + 53 * EASE, "a window that is not good earns nothing"
+    assert state.bound < held + 53 * EASE, "a window that is not good earns nothing"
 
 
 def test_data_that_have_changed_are_no_divergence():

@@ -74,13 +74,14 @@ NETWORKS = {
         Transformer, lambda batch: torch.randint(VOCABULARY, (batch, LENGTH)), batch_size=16
     ),
 }
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
     "AdamW": lambda parameters: AdamW(parameters, 1e-3),
     "SGD": lambda parameters: SGD(parameters, 1e-2, momentum=0.9),
 }
 # What a step of the base optimizer is timed with. The first is what the others are held against.
 PLAIN = "clip_grad_norm_ + LambdaLR"
 WINDOWS = {"rlsched, windows of 10": 10, "rlsched, windows of 100": 100}
+GROUPED = {"rlsched, four groups": False, "rlsched, four groups, per_group": True}  # in windows of 10
 UNMEASURED = "rlsched, steps that are not measured"
 SCHEDULE_FREE, PRODIGY = "schedulefree", "prodigyopt"
 DECISIONS = 100
@@ -89,7 +90,7 @@ DECISIONS = 100
 def loops(optimizer: str) -> list[str]:
     """What can be timed with a base optimizer: other packages only where they are installed."""
     others = [SCHEDULE_FREE, PRODIGY] if optimizer == "AdamW" else [SCHEDULE_FREE]  # Prodigy is a kind of Adam
-    return [PLAIN, *WINDOWS, UNMEASURED, *filter(find_spec, others)]
+    return [PLAIN, *WINDOWS, *GROUPED, UNMEASURED, *filter(find_spec, others)]
 
 
 def window(name: str) -> int:
@@ -104,13 +105,16 @@ def loop(name: str, network: Network, optimizer: str) -> Step:
     inputs, labels = network.inputs(network.batch_size), torch.randint(CLASSES, (network.batch_size,))
     parameters: list[Tensor] = list(model.parameters())
     total_steps = window(name) * DECISIONS
-    inner: Any = _other(name, optimizer, parameters) or OPTIMIZERS[optimizer](parameters)
-    is_scheduled, scheduler = name in WINDOWS or name == UNMEASURED, None
+    groups: list[Any] = [{"params": parameters[i::4]} for i in range(4)] if name in GROUPED else parameters
+    inner: Any = _other(name, optimizer, parameters) or OPTIMIZERS[optimizer](groups)
+    is_scheduled, scheduler = name in {*WINDOWS, *GROUPED, UNMEASURED}, None
     if is_scheduled:
-        inner = ScheduledOptimizer(inner, total_steps=total_steps, decisions=DECISIONS)
+        options: dict[str, Any] = {"total_steps": total_steps, "decisions": DECISIONS}
+        inner = ScheduledOptimizer(inner, **options, per_group=GROUPED.get(name, False))
         if name == UNMEASURED:
             controller = inner.controller
-            controller.state = schedule.open_window(controller.run, controller.state, total_steps)._replace(probing=0)
+            state = schedule.open_window(controller.run, controller.state, total_steps)._replace(probing=0)
+            controller.states = [state]
     elif name == PLAIN:
         scheduler = LambdaLR(inner, lambda step: max(0.01, 1 - step / total_steps))
 

@@ -1,0 +1,106 @@
+"""Whether a run diverges, or idles, as its loss tells."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from rlsched.control import LR
+from rlsched.number import Number
+from rlsched.schedule import ScheduleState
+from rlsched.signals import FAST, Run
+from rlsched.summary import Summary
+
+RISE = math.log(3)  # of the average loss over its lowest
+NOISE = 3.0  # a loss is above another by so many times the noise, or it is the same
+NOISE_WEIGHT = 0.1  # of a new window in the running average of the noise
+PATIENCE = 0.1  # of the windows of a run: for so long may a loss that was gained be lost, or nothing be gained
+LEAST_PATIENCE = 3  # windows
+FAR_ABOVE = math.log(2)  # the base schedule's learning rate, to gain nothing
+PROMISE = math.log(0.1)  # of the loss, which the gradients of a window have to promise, lest the steps are too small
+
+
+class Intervention(NamedTuple):
+    """Something that was done to keep a run alive."""
+
+    step: int  # inner steps done
+    message: str
+
+
+class Alarm(NamedTuple):
+    """Why a run is not to go on as it does."""
+
+    reason: str
+    is_idle: bool = False  # nothing was gained, and nothing is lost
+
+
+class GuardState(NamedTuple):
+    """What the guard remembers of a run."""
+
+    nonfinite: int = 0  # steps in a row, up to the last one
+    first: float = math.nan  # log loss of the first window
+    average: float = math.nan  # running average of the log loss
+    lowest: float = math.nan  # that it was
+    noise: float = 0.0  # running average of how far the log loss of a window is from the running average
+    lost: int = 0  # windows in a row in which half of what was gained is lost
+    idle: int = 0  # windows in a row far above the base schedule, and nothing gained
+    restored_at: int = -1  # inner step whose gradients are of weights that were taken back
+    on_trial: bool = False  # whether weights were brought back, and no loss of theirs has been seen
+    interventions: tuple[Intervention, ...] = ()
+
+    @property
+    def is_past_half(self) -> bool:
+        """Whether half of what was gained since the run began is lost, noise or not."""
+        return math.exp(self.average) > (math.exp(self.first) + math.exp(self.lowest)) / 2
+
+    @property
+    def has_lost_half(self) -> bool:
+        """The same by more than the noise."""
+        is_clear = self.average > self.lowest + NOISE * self.noise or self.average > self.first + self.noise
+        return self.is_past_half and is_clear
+
+    def anew(self, loss: float) -> GuardState:
+        """The same, to compare what comes with this log loss."""
+        return self._replace(first=loss, average=loss, lowest=loss, lost=0, idle=0)
+
+
+def judge_loss(was: GuardState, run: Run, before: ScheduleState, window: Summary) -> tuple[GuardState, Alarm | None]:
+    """What is known after another window, under the state `before`, and whether the run diverges or idles.
+
+    What comes after it is judged anew: it has to get worse by as much to be told again.
+    """
+    patience = max(LEAST_PATIENCE, PATIENCE * run.total_steps / run.interval)
+    average = was.average + FAST * (window.loss - was.average)
+    surprise = abs(window.loss - was.average)
+    if before.step > patience * run.interval:  # what comes at once is a change, and no noise
+        surprise = min(surprise, NOISE * was.noise)
+    noise = was.noise + NOISE_WEIGHT * (surprise - was.noise)
+    if not was.noise:  # the first loss is that of one mini-batch
+        noise = max(surprise, window.loss_std)
+    noise = max(noise, window.loss_std / math.sqrt(run.interval))
+    lowest = min(was.lowest, average)
+    state = was._replace(average=average, lowest=lowest, noise=noise)
+
+    lost = (state.lost + 1) * state.has_lost_half
+    lost_is_enough = lost > (max(LEAST_PATIENCE, patience / 3) if average > state.first + noise else patience)
+    factor = distance(before)
+    promised = window.predicted_decrease + math.log(run.interval)  # of the loss, in the window, as a logarithm
+    idles = (
+        factor > FAR_ABOVE
+        and promised > PROMISE
+        and state.first - average < max(NOISE * min(noise, window.loss_std), 1e-3)
+    )
+    idle = (state.idle + 1) * idles
+    after = state._replace(lost=lost, idle=idle)
+    if (average > lowest + RISE and state.is_past_half) or lost_is_enough:
+        alarm = Alarm(f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}")
+        return after.anew(max(window.loss, average)), alarm
+    if idle > max(LEAST_PATIENCE, patience / 2):
+        times = f"{math.exp(factor):.2g} times that of the base schedule"
+        return after.anew(average), Alarm(f"the loss is where it began, at an lr of {times}", is_idle=True)
+    return after, None
+
+
+def distance(state: ScheduleState) -> Number:
+    """E-folds by which the learning rate is above the base schedule's."""
+    return state.control[LR.name] + state.lr_offset
