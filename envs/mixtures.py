@@ -46,7 +46,10 @@ def language_model(
 
 
 _every = SetupDistribution(
-    optimizers={"SGD": 4, "Nesterov": 1, "Adam": 1, "AdamW": 3, "RMSprop": 1}, no_momentum=0.25, clipping=0.2
+    optimizers={"SGD": 4, "Nesterov": 1, "Adam": 1, "AdamW": 3, "RMSprop": 1},
+    no_momentum=0.25,
+    clipping=0.2,
+    other_length=0.1,
 )
 # Language models are often trained without momentum, at high learning rates that a clip keeps in check.
 _language = replace(_every, no_momentum=0.4, clipping=0.4)

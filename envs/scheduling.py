@@ -329,7 +329,11 @@ class _Group:
 
     def step(self, actions: Tensor) -> None:
         """One decision and the window of inner training that follows it."""
-        training, run, base, interface = self.training, self.run, self.base, self._interface
+        training, base, interface = self.training, self.base, self._interface
+        if training.task.setup.other_length > 0:
+            training.tell_length(self.windows)
+            self.run = training.run()._replace(reach=self._reach)
+        run = self.run
         moves = zip(interface.controls, actions.to(training.device).unbind(-1), strict=True)
         state = schedule.move(run, self.state, {n: a * CONTROLS[n].can_move(base[n]) for n, a in moves})
         state = schedule.open_window(run, state, run.interval)

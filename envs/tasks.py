@@ -26,7 +26,9 @@ Loss = Callable[[Any, Tensor], Tensor]
 class TrainingSetup(NamedTuple):
     """How one episode trains, in the terms of torch.optim."""
 
-    decisions: int
+    decisions: int  # as the run is told when it begins
+    last_decision: int  # as it is told after `told_after` decisions: with another length, it was extended or cut short
+    told_after: int
     optimizer: str  # a key of OPTIMIZERS
     lr: float
     momentum: float  # `momentum` of SGD and RMSprop, the first beta of Adam and AdamW
@@ -50,6 +52,8 @@ class SetupDistribution:
     """Distribution of training set-ups. Ranges are log-uniform."""
 
     decisions: tuple[int, int] = setting((30, 140), "decisions of a run, each before a window of inner steps")
+    other_length: float = setting(0.0, "probability that a run gets another length in its course")
+    length_change: tuple[float, float] = setting((0.5, 2.0), "factor on its decisions then")
     optimizers: Mapping[str, float] = setting({"SGD": 1, "AdamW": 1}, "their weights in the draw")
     sgd_lr: tuple[float, float] = setting((1e-5, 2.0), "base lr of SGD, times loss scale, at a momentum of 0.9")
     adaptive_lr: tuple[float, float] = setting(
@@ -72,8 +76,20 @@ class SetupDistribution:
     )
 
     def __post_init__(self) -> None:
-        check_ranges(self, "decisions", "sgd_lr", "adaptive_lr", "weight_decay", "loss_scale", "gain", "max_grad_norm")
-        check_probabilities(self, "clipping", "no_momentum", "other_momentum", "no_loss", "no_validation")
+        check_ranges(
+            self,
+            "decisions",
+            "sgd_lr",
+            "adaptive_lr",
+            "weight_decay",
+            "loss_scale",
+            "gain",
+            "max_grad_norm",
+            "length_change",
+        )
+        check_probabilities(
+            self, "other_length", "clipping", "no_momentum", "other_momentum", "no_loss", "no_validation"
+        )
         weights = self.optimizers.values()
         if not set(self.optimizers) <= set(OPTIMIZERS) or not weights or min(weights) < 0 or sum(weights) <= 0:
             raise ValueError(f"optimizers must give some of {list(OPTIMIZERS)} a weight, got {dict(self.optimizers)}")
@@ -97,8 +113,14 @@ class SetupDistribution:
         clip = log_uniform(rng, *self.max_grad_norm) if clips else math.inf
         if not adaptive:
             lr /= 0.1 * loss_scale * min(1.0, clip)
+        last, told_after = decisions, decisions
+        if self.other_length > 0 and rng.random() < self.other_length:
+            told_after = max(1, int(decisions * rng.uniform(0.2, 0.8)))
+            last = max(told_after + 1, round(decisions * log_uniform(rng, *self.length_change)))
         return TrainingSetup(
             decisions=decisions,
+            last_decision=last,
+            told_after=told_after,
             optimizer=optimizer,
             lr=lr,
             momentum=momentum,

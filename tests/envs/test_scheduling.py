@@ -760,6 +760,27 @@ def test_sets_that_do_not_fit_are_refused(make_task, num_envs, clones):
         SchedulingVectorEnv(num_envs, make_task(), clones=clones)
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_run_gets_another_length_in_its_course(make_task, factor):
+    """People extend runs and cut them short: a policy that never met that would be at a loss."""
+    task = make_task(decisions=(10, 10), other_length=1.0, length_change=(factor, factor))
+    env = SchedulingVectorEnv(6, task, autoreset=False)
+    env.reset(seed=0)
+    after = env._groups[0].training.settings.told_after.clone().numpy()
+    ends, lengths = np.zeros(6), []
+    while not ends.all():
+        observations, _, done, _, infos = env.step(zeros(6))
+        lengths.append(infos["total_steps"].copy())
+        ends[done & (ends == 0)] = len(lengths)
+        progress = observations[:, OBSERVATION_NAMES.index("progress")]
+        np.testing.assert_allclose(progress, np.minimum(infos["inner_steps"] / infos["total_steps"], 1), rtol=1e-5)
+    last = np.maximum(after + 1, 10 * factor)
+    np.testing.assert_array_equal(ends, last)
+    told = np.arange(len(lengths))[:, None] >= after
+    np.testing.assert_array_equal(np.array(lengths), 1 + task.interval * np.where(told, last, 10))
+    assert set(after) <= set(range(2, 9)) and len(set(after)) > 1
+
+
 def test_sweep_changes_the_learning_rate_alone(make_task):
     """A tuned reference on other episodes, or at other momenta, would be no reference."""
     lr = (1e-3, 1e-1)
