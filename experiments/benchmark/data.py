@@ -113,7 +113,7 @@ def mnist(folder: Path) -> Points:
         images, labels = load_mnist(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--data: {error}") from error
-    return split(images.view(-1, 1, 28, 28), labels, 2 * VALIDATION)
+    return split(images.view(-1, 1, 28, 28), labels, VALIDATION)
 
 
 LENGTH = 40  # of a sequence of MNIST-1D
