@@ -13,6 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
 from rlsched.experiments.schedules import quarter_on_plateau, warm_up_cosine
 
 EPOCHS = 20  # in a run, where a recipe counts in epochs
+# Factors on the usual learning rate that the baselines are tuned over, half a decade apart. Adam's usual learning rate
+# is low for small networks and short runs, and SGD's is high.
+RISING, FALLING = (0.1, 0.316, 1.0, 3.16, 10.0, 31.6), (0.01, 0.0316, 0.1, 0.316, 1.0, 3.16)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Base:
         reach: the factor by which the learning rate of a policy's run may be wrong, either way: ten where the learning
             rate is that of a recipe, else a hundred.
         recipe: the schedule of a script that has this optimizer.
+        sweep: factors on the learning rate that the baselines are tuned over.
     """
 
     kind: Callable[..., Optimizer]
@@ -50,6 +54,7 @@ class Base:
     clip: float | None = None
     reach: float = 100.0
     recipe: Recipe | None = None
+    sweep: tuple[float, ...] = RISING
 
     def make(self, parameters: Iterable[nn.Parameter], factor: float) -> Optimizer:
         return self.kind(parameters, lr=self.lr * factor, **self.options)
@@ -57,11 +62,12 @@ class Base:
 
 def plain(lr: float, clip: float | None = 0.25) -> Base:
     """SGD without momentum, at the learning rates at which language models are trained."""
-    return Base(SGD, lr, {}, clip, 10.0, Recipe("word_language_model", lambda o, _: quarter_on_plateau(o), EPOCHS))
+    recipe = Recipe("pytorch/examples, word_language_model", lambda optimizer, _: quarter_on_plateau(optimizer), EPOCHS)
+    return Base(SGD, lr, {}, clip, 10.0, recipe, FALLING)
 
 
-SGD_MOMENTUM = Base(SGD, 0.1, {"momentum": 0.9})
-SGD_DECAY = Base(SGD, 0.1, {"momentum": 0.9, "weight_decay": 5e-4})
+SGD_MOMENTUM = Base(SGD, 0.1, {"momentum": 0.9}, sweep=FALLING)
+SGD_DECAY = Base(SGD, 0.1, {"momentum": 0.9, "weight_decay": 5e-4}, sweep=FALLING)
 ADAM = Base(Adam, 1e-3)
 ADAMW = Base(AdamW, 1e-3, {"weight_decay": 0.01})
 ADAMW_GPT = Base(

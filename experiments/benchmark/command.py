@@ -39,27 +39,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     add = parser.add_argument
     factors = " ".join(f"{factor:g}" for factor in BASE_LRS)
-    names = {suite: ", ".join(tasks) for suite, tasks in SUITES.items()}
+    base_lrs = f"on the usual ones, for policies; of those, a tenth to ten times a recipe's own (default: {factors})"
+    tasks = "; ".join(f"of {suite}: {', '.join(tasks)}" for suite, tasks in SUITES.items())
+    data = "with MNIST's original test files; without, its tasks are left out"
+    policy = "policy file, or the name of a shipped policy; may be given again (default: default)"
     add("--suite", required=True, choices=SUITES, help="see above")
-    add(
-        "--policy",
-        action="append",
-        metavar="POLICY",
-        help="file, or shipped one; may be given again (default: default)",
-    )
-    add("--tasks", nargs="+", metavar="TASK", help="; ".join(f"of {suite}: {all_}" for suite, all_ in names.items()))
+    add("--policy", action="append", metavar="POLICY", help=policy)
+    add("--tasks", nargs="+", metavar="TASK", help=f"{tasks} (default: all)")
     add("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     add("--methods", nargs="+", default=["policy", "cosine"], metavar="METHOD", help="(default: policy cosine)")
     add("--ablations", nargs="*", metavar="METHOD", help="beside the methods, for each policy (default: none)")
-    add("--base-lrs", nargs="+", type=float, default=list(BASE_LRS), metavar="FACTOR", help="on the usual learning rate, "
-        f"for policies; as far as a task's optimizer can be wrong (default: {factors})")  # fmt: skip
+    add("--base-lrs", nargs="+", type=float, default=list(BASE_LRS), metavar="FACTOR", help=base_lrs)
     add("--no-validation", action="store_true", help="policies do not hear of validation losses")
-    add(
-        "--data",
-        type=Path,
-        metavar="FOLDER",
-        help="with MNIST's original test files; without it these tasks are skipped",
-    )
+    add("--data", type=Path, metavar="FOLDER", help=data)
     add("--out", type=Path, metavar="FOLDER", help="for the results (default: runs/benchmark/SUITE)")
     add("--processes", type=int, default=2, help="of one thread each (default: 2)")
 

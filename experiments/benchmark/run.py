@@ -40,7 +40,6 @@ from rlsched.policy import Policy, SchedulePolicy
 RUNS = "runs.jsonl"
 EVALUATIONS = 50  # of the validation loss, in a run
 ALL = "all"  # baselines, and the policy
-SWEEP = (0.0316, 0.1, 0.316, 1.0, 3.16, 10.0)  # half a decade apart
 BASE_LRS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
@@ -91,7 +90,7 @@ class Plan:
             reference is always among them.
         base_lrs: base learning rates of a policy's runs, as factors on the usual ones; those within an optimizer's
             reach are used.
-        sweep: the factors that the baselines are tuned over.
+        sweep: the factors that the baselines are tuned over; None: those of each base optimizer.
         told: whether a policy hears of the validation losses.
         data: folder with the user's data files.
 
@@ -104,7 +103,7 @@ class Plan:
     seeds: int = 3
     methods: Sequence[str] = (POLICY, COSINE)
     base_lrs: Sequence[float] = BASE_LRS
-    sweep: Sequence[float] = SWEEP
+    sweep: Sequence[float] | None = None
     told: bool = True
     data: Path | None = None
     skipped: Mapping[str, str] = field(init=False, compare=False)  # tasks and methods, and why
@@ -118,7 +117,7 @@ class Plan:
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
         for name, what in (("base_lrs", self.base_lrs), ("sweep", self.sweep)):
-            if not what or not all(0 < factor < math.inf for factor in what):
+            if (what is not None and not what) or not all(0 < factor < math.inf for factor in what):
                 raise ValueError(f"{name} must be positive and finite factors, got {list(what)}")
         wrong = [name for name in self.methods if not (name in (ALL, *BASELINES) or leads(name))]
         if wrong or not self.methods:
@@ -152,7 +151,7 @@ class Plan:
             if method in self.skipped or (method in BASELINES and not BASELINES[method].of(base)):
                 continue
             if method in BASELINES:
-                for factor in dict.fromkeys(self.sweep):
+                for factor in dict.fromkeys(base.sweep if self.sweep is None else self.sweep):
                     yield Job(Trial(*cell, method, factor, seed), data=self.data)
                 continue
             for name, policy in policies.items():
