@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -34,10 +35,12 @@ def do(
     """
     check(processes)
     with ExitStack() as stack:
-        rows: Iterable[Row] = map(perform, jobs)
         if processes > 1 and jobs:
             pool = stack.enter_context(get_context("spawn").Pool(processes, _begin_worker))  # ends with this block
-            rows = pool.imap(perform, jobs)
+            rows: Iterable[Row] = pool.imap(perform, jobs)
+        else:
+            stack.enter_context(_quiet())
+            rows = map(perform, jobs)
         for row in tqdm(rows, total=len(jobs), desc=doing, unit="run"):
             journal.add(row)
 
@@ -48,7 +51,21 @@ def check(processes: int) -> None:
         raise ValueError(f"processes must be at least 1, got {processes}")
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, nothing is said of what is done to keep a run alive: that is in the results."""
+    logger = logging.getLogger("rlsched")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "rlsched: ")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def _begin_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the parent, which ends this process
-    logging.getLogger("rlsched").setLevel(logging.CRITICAL)  # what was done is in the results
+    _quiet().__enter__()  # for as long as it lives

@@ -116,9 +116,10 @@ class Plan:
             raise ValueError(f"tasks must be some of {list(suite)}, got {list(self.tasks)}")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, got {self.seeds}")
-        for name, what in (("base_lrs", self.base_lrs), ("sweep", self.sweep)):
-            if (what is not None and not what) or not all(0 < factor < math.inf for factor in what):
-                raise ValueError(f"{name} must be positive and finite factors, got {list(what)}")
+        for name in ("base_lrs", "sweep"):
+            factors = getattr(self, name)
+            if factors is not None and not (factors and all(0 < factor < math.inf for factor in factors)):
+                raise ValueError(f"{name} must be positive and finite factors, got {list(factors)}")
         wrong = [name for name in self.methods if not (name in (ALL, *BASELINES) or leads(name))]
         if wrong or not self.methods:
             known = [ALL, POLICY, *BASELINES, BASE_SCHEDULE, REPLAY, f"{ONLY}CONTROL", f"{WITHOUT}OBSERVATION"]
