@@ -6,7 +6,7 @@ import ast
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -31,9 +31,7 @@ def docstrings() -> tuple[str, str]:
     """The docstrings of the standard library's modules, each paragraph once: to train on, and to validate."""
     found: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(path.read_bytes())
-        nodes = (n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
-        found += (ast.get_docstring(node) or "" for node in nodes)
+        found += _documented(ast.parse(path.read_bytes()))
     return _split(p for text in found for p in text.split("\n\n") if p.isascii() and len(p.split()) >= MIN_WORDS)
 
 
@@ -50,6 +48,13 @@ def words(training: str, validation: str, vocabulary: int) -> tuple[Tensor, Tens
     number = {word: i for i, word in enumerate(known)}
     numbers = [torch.tensor([number.get(w, 0) for w in words]) for words in (training_words, validation_words)]
     return numbers[0], numbers[1]
+
+
+def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
+    yield ast.get_docstring(node) or ""
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            yield from _documented(child)
 
 
 def _split(paragraphs: Iterable[str]) -> tuple[str, str]:

@@ -224,9 +224,10 @@ def pendulum(points: int = 4000, seconds: float = 3.0, steps: int = 300) -> Poin
     damping = rng.uniform(0, 0.5, points)
     inputs = np.stack([np.sin(angle), np.cos(angle), speed, damping], -1)
     dt = seconds / steps
-    for _ in range(steps):  # leapfrog, with the damping at the middle of a step
-        speed = (speed - dt * np.sin(angle + dt / 2 * speed)) / (1 + dt * damping)
-        angle = angle + dt * speed
+    for _ in range(steps):  # leapfrog, with the damping of the mean speed
+        angle = angle + dt / 2 * speed
+        speed = (speed * (1 - dt / 2 * damping) - dt * np.sin(angle)) / (1 + dt / 2 * damping)
+        angle = angle + dt / 2 * speed
     return split(_single(inputs), _single(standardised(np.stack([angle, speed], -1))), VALIDATION)
 
 

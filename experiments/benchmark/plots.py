@@ -90,10 +90,14 @@ def tensorboard(results: Results, folder: Path) -> None:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
+    done = set()
     for cell, condition, factor, row in _shown(results):
-        name = results.label(condition.contender).replace(" ", "-").replace(",", "")
-        writer = SummaryWriter(str(folder / f"{cell.task}-{cell.optimizer}-{cell.steps}" / f"{name}-x{factor:g}"))
-        for column in (name for name in row["curve"] if name != "step"):
+        name = f"{results.label(condition.contender).replace(' ', '-').replace(',', '')}-x{factor:g}"
+        if (cell, name) in done:  # untuned, and best as it is
+            continue
+        done.add((cell, name))
+        writer = SummaryWriter(str(folder / f"{cell.task}-{cell.optimizer}-{cell.steps}" / name))
+        for column in row["curve"].keys() - {"step"}:
             for step, value in zip(row["curve"]["step"], row["curve"][column], strict=True):
                 if value is not None:
                     writer.add_scalar(f"benchmark/{column}", value, step)
