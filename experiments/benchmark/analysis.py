@@ -21,11 +21,13 @@ HEAD = ["method", "lr", "cells", "log ratio", "95 %", "speed-up", "improves", "w
 CAPTION = """\
 Against cosine with its learning rate tuned per cell (task, optimizer, length). **Log ratio** of the final validation
 loss, lower is better: median over the seeds, then interquartile mean over the cells; its interval is of the seeds
-(stratified bootstrap). **lr** is the factor on the usual learning rate, which a policy's run has to live with; *best of
-n* took n runs in each cell, the others one. **Speed-up**: how many times sooner a run is where the reference ends, at
-most {most:g}; below 1 it never is, and the reference was where it ends after that part of its steps. **Improves**: the
-probability to end lower than the reference. **Accuracy**: mean difference in percentage points. A run that diverged
-(ended at the loss of its untrained network, above it, or at no number) counts as that loss. {seeds} seeds."""
+(stratified bootstrap). **lr** is the factor on the usual learning rate, which a policy's run has to live with; × 0.01
+and × 100 are left out where the usual one is a recipe's, so that there are fewer cells. *Best of n* took n runs in each
+cell, the others one. **Speed-up**: how many times sooner a run is where the reference ends, at most {most:g}; below 1
+it never is, and the reference was where it ends after that part of its steps. **Improves**: the probability to end
+lower than the reference.
+**Accuracy**: mean difference in percentage points. A run that diverged (ended at the loss of its untrained network,
+above it, or at no number) counts as that loss. {seeds} seeds."""
 DIFFERENCES = """\
 Difference of log losses, first less second, on equal weights and data: interquartile mean over the cells; its interval
 is of the cells (paired bootstrap), and says what other tasks of this kind might show."""

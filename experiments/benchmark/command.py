@@ -62,7 +62,10 @@ def benchmark(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: an option is not what it can be.
     """
-    policies = {str(name): SchedulePolicy.load(name) for name in options.policy or ["default"]}
+    given = list(dict.fromkeys(options.policy or ["default"]))
+    stems = [Path(name).stem for name in given]  # no path of this machine, where they tell the files apart
+    names = stems if len(set(stems)) == len(stems) else given
+    policies = {name: SchedulePolicy.load(file) for name, file in zip(names, given, strict=True)}
     methods = list(options.methods)
     if options.ablations is not None:
         methods += options.ablations or [name for policy in policies.values() for name in ablations(policy)]

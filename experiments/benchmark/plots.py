@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,7 @@ def tensorboard(results: Results, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     done = set()
     for cell, condition, factor, row in _shown(results):
-        name = f"{results.label(condition.contender).replace(' ', '-').replace(',', '')}-x{factor:g}"
+        name = f"{re.sub(r'[^a-zA-Z0-9]+', '-', results.label(condition.contender))}-x{factor:g}"
         if (cell, name) in done:  # untuned, and best as it is
             continue
         done.add((cell, name))

@@ -74,12 +74,14 @@ class Results:
     def __init__(self, out: Path) -> None:
         self.runs: dict[Cell, dict[Contender, dict[float, Runs]]] = {}
         self.names: dict[str, str] = {}  # of policies, by their digests, in the order in which they came
+        self.base_schedules: dict[str, str] = {}  # by the digests of the policies that stand still
         for (trial, digest), row in read(out / RUNS, key).items():
             contender = Contender(trial.method, digest, trial.told or not leads(trial.method))
             by_factor = self.runs.setdefault(trial.cell, {}).setdefault(contender, defaultdict(dict))
             by_factor[trial.lr_factor][trial.seed] = row
-            if digest is not None and trial.method != BASE_SCHEDULE:
-                self.names.setdefault(digest, row["policy_name"])
+            if digest is not None:
+                names = self.base_schedules if trial.method == BASE_SCHEDULE else self.names
+                names.setdefault(digest, row["policy_name"])
         if not self.runs:
             raise ValueError(f"{out / RUNS} has no runs yet")
 
@@ -106,7 +108,7 @@ class Results:
         if not leads(method):
             return BASELINES[method].title
         if method == BASE_SCHEDULE:
-            text = "base schedule"
+            text = f"base schedule ({self.base_schedules[contender.policy or '']})"
         elif method == REPLAY:
             text = "replay of the mean"
         elif method.startswith(ONLY):
@@ -170,7 +172,7 @@ class Results:
                 if seeds := a.keys() & b.keys():
                     medians.append(np.median([log_loss(a[seed]) - log_loss(b[seed]) for seed in seeds]))
             means += [float(np.mean(medians))] if medians else []
-        return (len(means), statistics.paired(means, np.zeros(len(means)))) if means else None
+        return (len(means), statistics.paired(means)) if means else None
 
     def not_learnt(self) -> list[Cell]:
         """Cells in which the reference ends no lower than one answer to all would."""

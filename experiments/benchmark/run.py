@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ class Plan:
         tasks: some of its tasks; None: all of which the data are there.
         seeds: runs of each kind.
         methods: names of `methods.BASELINES`, "policy", `ALL`, and what is left of a policy (`methods.ablations`). The
-            reference is always among them.
+            reference is always among them, and so is what a replay follows.
         base_lrs: base learning rates of a policy's runs, as factors on the usual ones; those within an optimizer's
             reach are used.
         sweep: the factors that the baselines are tuned over; None: those of each base optimizer.
@@ -168,7 +169,8 @@ class Plan:
 
     def _methods(self) -> list[str]:
         given = [m for name in self.methods for m in ([POLICY, *BASELINES] if name == ALL else [name])]
-        return list(dict.fromkeys([COSINE, *given]))
+        followed = [POLICY] if REPLAY in given else []
+        return list(dict.fromkeys([COSINE, *followed, *given]))
 
 
 def run(plan: Plan, policies: Mapping[str, Policy], out: Path, processes: int = 2) -> None:
@@ -235,6 +237,8 @@ def perform(job: Job) -> Row:
         "seconds": round(seconds, 2),
         "curve": curve,
     }
+    if trial.method in BASELINES and (package := BASELINES[trial.method].package) is not None:
+        row["package"] = f"{package} {version(package)}"
     if isinstance(drive, Led):
         controller = drive.scheduled.controller
         row |= {"policy_name": job.name, "interventions": [list(each) for each in controller.interventions]}

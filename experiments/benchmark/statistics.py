@@ -46,18 +46,14 @@ def stratified(cells: Sequence[Sequence[float]]) -> Estimate:
     return _interval(value, [np.asarray(cell, float) for cell in cells], statistic)
 
 
-def paired(first: ArrayLike, second: ArrayLike) -> Estimate:
-    """Interquartile mean over the cells of the difference of two methods, first less second.
+def paired(differences: ArrayLike) -> Estimate:
+    """Interquartile mean over the cells of the differences of two methods.
 
     The interval is of the cells, which are drawn anew in pairs: it says what other tasks of this kind might show.
     """
-    a, b = np.asarray(first, float), np.asarray(second, float)
-
-    def statistic(x: Array, y: Array, axis: int = -1) -> Any:
-        return interquartile_mean(x - y, axis=axis)
-
-    value = float(statistic(a, b))
-    return Estimate(value, np.nan, np.nan) if len(a) < 2 else _interval(value, [a, b], statistic, paired=True)
+    found = np.asarray(differences, float)
+    value = float(interquartile_mean(found))
+    return Estimate(value, np.nan, np.nan) if len(found) < 2 else _interval(value, [found], interquartile_mean)
 
 
 def probability_of_improvement(runs: Sequence[float], reference: Sequence[float]) -> float:
@@ -98,7 +94,7 @@ def profile(losses: ArrayLike, factors: ArrayLike) -> Array:
     return (ratio[..., None] <= np.asarray(factors, float) * (1 + 1e-9)).mean(1)
 
 
-def _interval(value: float, samples: list[Array], statistic: Any, *, paired: bool = False) -> Estimate:
+def _interval(value: float, samples: list[Array], statistic: Any) -> Estimate:
     if all(np.ptp(each) == 0 for each in samples):
         return Estimate(value, value, value)
     found = bootstrap(
@@ -107,7 +103,6 @@ def _interval(value: float, samples: list[Array], statistic: Any, *, paired: boo
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
-        paired=paired,
         vectorized=True,
         rng=np.random.default_rng(SEED),
     )

@@ -20,7 +20,7 @@ from rlsched import ScheduledOptimizer, SchedulePolicy
 from rlsched.cli import main
 from rlsched.envs import FAMILIES
 from rlsched.envs.sources import Points
-from rlsched.experiments.benchmark import data
+from rlsched.experiments.benchmark import data, statistics
 from rlsched.experiments.benchmark import run as runs
 from rlsched.experiments.benchmark import tasks as suites
 from rlsched.experiments.benchmark.analysis import report
@@ -439,6 +439,53 @@ def test_report_is_made_of_the_file_alone(tiny, tmp_path, capsys):
     for cell in ("tiny-adam-6", "tiny-plain-6"):
         shown = [path.parent.name for path in (tmp_path / TENSORBOARD / cell).rglob("events*")]
         assert len(set(shown)) == len(shown) and {"policy-x1", "cosine-x1"} <= set(shown)
+
+
+def test_stratified_bootstrap_from_closed_form():
+    """An interval that is too narrow makes chance a finding."""
+    estimate = statistics.stratified([[0.0, 1.0]])
+    assert estimate == (0.5, 0.0, 1.0), "a quarter of the resamples are both low, and a quarter both high"
+    many = statistics.stratified([[0.0, 1.0]] * 100)  # the mean of 50 of 100 medians, each of variance 1/8
+    assert many.value == 0.5 and 0.05 < many.high - many.low < 0.4
+    certain = statistics.stratified([[1.0, 1.0], [2.0, 2.0]])
+    assert certain == (1.5, 1.5, 1.5)
+    assert statistics.stratified([[1.0], [2.0]]).value == 1.5 and math.isnan(statistics.stratified([[1.0]]).low)
+
+
+def test_interquartile_mean_is_of_the_middle_half():
+    """One cell of forty would decide."""
+    assert statistics.interquartile_mean([1e9, 1.0, 2.0, -1e9]) == 1.5
+    assert statistics.paired([1.0, 1.0, 1.0, 1.0]) == (1.0, 1.0, 1.0)
+    low, high = statistics.paired([-1.0, 1.0] * 8)[1:]
+    assert low < 0 < high
+
+
+def test_probability_of_improvement_counts_pairs():
+    """Ties would count as wins."""
+    assert statistics.probability_of_improvement([1.0, 3.0], [2.0, 3.0]) == (1 + 1 + 0 + 0.5) / 4
+
+
+@pytest.mark.parametrize(
+    ("losses", "reference", "expected"),
+    [
+        ([4, 2, 1, 1], [4, 3, 2.5, 2], 2.0),  # there after half of the steps
+        ([1, 1, 1, 1], [4, 3, 2, 1], 4.0),
+        ([0.5] * 4, [4, 3, 2, 1], 4.0),
+        ([4, 3, 2, 1], [4, 3, 2, 1], 1.0),
+        ([4, 4, 3, 2.5], [4, 3, 2.4, 2], 0.75),  # the reference was there after three quarters
+        ([math.nan] * 4, [4, 3, 2, 1], 0.25),
+        ([9, 9, 9, 9], [4, 3, 2, 1], 0.25),
+    ],
+)
+def test_speed_up_from_closed_form(losses, reference, expected):
+    """A run that is late would pass for one that is early."""
+    assert statistics.speed_up([1, 2, 3, 4], losses, reference) == expected
+
+
+def test_profile_from_closed_form():
+    """A method that is best nowhere would lead."""
+    part = statistics.profile([[1.0, 3.0, 1.0], [2.0, 2.0, math.nan]], [1.0, 1.5, 2.0])
+    assert part.tolist() == [[2 / 3, 1.0, 1.0], [1 / 3, 1 / 3, 2 / 3]]
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
