@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rlsched.experiments.benchmark import statistics
-from rlsched.experiments.benchmark.methods import leads
+from rlsched.experiments.benchmark.methods import POLICY
 from rlsched.experiments.benchmark.results import Condition, Contender, Results, log_loss
 from rlsched.experiments.benchmark.tasks import Cell
 from rlsched.experiments.journal import Row
@@ -34,12 +34,12 @@ def pictures(results: Results, out: Path) -> list[Path]:
 
 
 def profile(results: Results) -> Figure:
-    """In which part of the cells each condition ends within a factor of the best of them."""
+    """In which part of its cells each policy, and each tuned baseline, ends within a factor of the best of them."""
     conditions = [
         condition
         for contender in results.contenders
         for condition in results.conditions(contender)
-        if condition.is_tuned or leads(contender.method)
+        if condition.is_tuned or contender.method == POLICY
     ]
     cells = [cell for cell in results.runs if results.reference(cell)]
     losses = [[_median_loss(results, cell, condition) for cell in cells] for condition in conditions]
@@ -122,4 +122,4 @@ def _shown(results: Results) -> Iterator[tuple[Cell, Condition, float, Row]]:
 
 def _median_loss(results: Results, cell: Cell, condition: Condition) -> float:
     runs = results.at(cell, condition)
-    return math.exp(float(np.median([log_loss(row) for row in runs.values()]))) if runs else math.inf
+    return math.exp(float(np.median([log_loss(row) for row in runs.values()]))) if runs else math.nan

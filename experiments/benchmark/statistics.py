@@ -82,16 +82,15 @@ def speed_up(steps: ArrayLike, losses: ArrayLike, reference: ArrayLike) -> float
 
 
 def profile(losses: ArrayLike, factors: ArrayLike) -> Array:
-    """The part of the cells in which each method is within a factor of the best: (methods, factors).
+    """The part of its cells in which each method is within a factor of the best there: (methods, factors).
 
     Args:
-        losses: (methods, cells), positive; infinite or NaN where there is none.
+        losses: (methods, cells), positive; NaN where a method was not run.
         factors: of at least 1.
     """
-    all_losses = np.asarray(losses, float)
-    all_losses = np.where(np.isnan(all_losses), np.inf, all_losses)
-    ratio = all_losses / all_losses.min(0)
-    return (ratio[..., None] <= np.asarray(factors, float) * (1 + 1e-9)).mean(1)
+    ratio = np.asarray(losses, float) / np.nanmin(losses, axis=0)
+    within = ratio[..., None] <= np.asarray(factors, float) * (1 + 1e-9)
+    return np.nanmean(np.where(np.isnan(ratio)[..., None], np.nan, within), axis=1)
 
 
 def _interval(value: float, samples: list[Array], statistic: Any) -> Estimate:
