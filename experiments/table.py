@@ -23,7 +23,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1
 def publish(out: Path, table: str, plot: Figure) -> str:
     """Write `table.md` and `plot.png` beside the results in `out`, and return the table."""
     write(out / TABLE, f"{table}\n".encode())
-    picture = io.BytesIO()
-    plot.savefig(picture, format="png", dpi=110)
-    write(out / PLOT, picture.getvalue())
+    save(plot, out / PLOT)
     return table
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a picture, in one move; returns its path."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    return write(path, picture.getvalue())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Verbs import what they need: torch takes seconds, in which Ctrl-C should be heard, and `--version` needs nothing.
 DESCRIPTION = "Learned schedules for PyTorch optimizers: train a scheduling policy, and compare it with others."
 INTERRUPTED = "interrupted: the same command goes on from here"
-EXTRAS = {"gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "sklearn", "matplotlib", "tqdm"}
+EXTRAS = {"gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "scipy", "sklearn", "matplotlib", "tqdm"}
 
 TRAIN = """\
 Train a scheduling policy with PPO on generated inner training tasks. A run that was interrupted goes on
@@ -172,10 +172,11 @@ def _quiet_threads() -> Iterator[None]:
 def _parser() -> Parser:
     parser = Parser("rlsched", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"rlsched {rlsched.__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,compare,export}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,compare,benchmark,export}")
     for name, summary, text, fill, run in (
         ("train", "train a scheduling policy", TRAIN, _train_options, _train),
         ("compare", "compare a policy with other schedules", COMPARE, _compare_options, _compare),
+        ("benchmark", "measure policies on a suite of tasks", None, _benchmark_options, _benchmark),
         ("export", "export a policy file from a training run", EXPORT, _export_options, _export),
     ):
         raw = argparse.RawDescriptionHelpFormatter
@@ -195,6 +196,12 @@ def _compare_options(parser: Parser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--data", type=Path, help="folder with the files of tasks that need them (mnist)")
     parser.add_argument("--out", "--log-dir", type=Path, default=Path("runs/compare"), help="(default: runs/compare)")
+
+
+def _benchmark_options(parser: Parser) -> None:
+    from rlsched.experiments.benchmark.command import add_options
+
+    add_options(parser)
 
 
 def _export_options(parser: Parser) -> None:
@@ -281,6 +288,12 @@ def _compare(options: argparse.Namespace) -> None:
     print()
     for what, name in (("table", TABLE), ("plot", PLOT), ("results", RUNS), ("TensorBoard", TENSORBOARD)):
         print(f"{what:<11} {options.out / name}")
+
+
+def _benchmark(options: argparse.Namespace) -> None:
+    from rlsched.experiments.benchmark.command import benchmark
+
+    benchmark(options)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -147,8 +147,8 @@ def test_wrong_input_is_one_clear_line_and_claims_no_folder(arguments, message, 
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "rlsched: error: the following arguments are required: {train,compare,export} (see rlsched --help)"),
-    (["tune"], "rlsched: error: argument {train,compare,export}: invalid choice: 'tune'"),
+    ([], "rlsched: error: the following arguments are required: {train,compare,benchmark,export} (see rlsched --help)"),
+    (["tune"], "rlsched: error: argument {train,compare,benchmark,export}: invalid choice: 'tune'"),
     (["train", "--timesteps", "1e6"], "rlsched train: error: argument --timesteps: invalid int value: '1e6'"),
     (["compare", "--steps", "nan"], "rlsched compare: error: argument --steps: invalid int value: 'nan'"),
     (["export", "runs/mine"], "rlsched export: error: the following arguments are required: --out"),
@@ -189,7 +189,7 @@ def test_full_disk_is_one_clear_line(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in said and "Exception in thread" not in said
 
 
-@pytest.mark.parametrize("verb", ["train", "compare", "export"])
+@pytest.mark.parametrize("verb", ["train", "compare", "benchmark", "export"])
 def test_help_has_examples(verb, capsys):
     """Somebody who asks for help wants a line to copy."""
     with pytest.raises(SystemExit) as end:

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from tqdm import tqdm
 
 from rlsched import ScheduledOptimizer
 from rlsched.envs import InnerTask
 from rlsched.envs.sources import Points
-from rlsched.experiments.compare import replay
-from rlsched.experiments.compare.tasks import SPLIT_SEED, named
+from rlsched.experiments import replay, schedules
+from rlsched.experiments.compare.tasks import named
 from rlsched.experiments.journal import Journal, Row
+from rlsched.experiments.points import SPLIT_SEED, batches
 from rlsched.files import locked
 from rlsched.policy import Policy
 
@@ -32,11 +32,7 @@ REPLAY = "replay"  # of the mean control path of the policy's runs with the othe
 EVALUATIONS = 50  # of the validation loss, in a run
 SMALLEST_FACTOR = 1e-4  # on a learning rate: factors have four decimal places
 SMALLEST_LOSS = 1e-12  # a loss below it counts as this: a network that is always right has one of 0
-SCHEDULES: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
-    "constant": lambda optimizer, steps: LambdaLR(optimizer, lambda _: 1.0),
-    "linear": lambda optimizer, steps: LambdaLR(optimizer, lambda step: 1 - step / steps),
-    "cosine": lambda optimizer, steps: CosineAnnealingLR(optimizer, steps),
-}
+SCHEDULES = {name: schedules.SCHEDULES[name] for name in ("constant", "linear", "cosine")}
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,7 @@ def perform(
 
     curve = []
     start = time.perf_counter()
-    for step, (inputs, targets) in enumerate(_batches(task.batch_sizes[0], data, trial)):
+    for step, (inputs, targets) in enumerate(batches(data, task.batch_sizes[0], trial.steps, trial.seed)):
         optimizer.zero_grad()
         loss = task.loss(network(inputs), targets)
         loss.backward()
@@ -253,17 +249,6 @@ def validate(network: nn.Module, task: InnerTask, data: Points) -> tuple[float, 
 
 def _data(task: InnerTask) -> Points:
     return task.source.draw(np.random.default_rng(SPLIT_SEED))
-
-
-def _batches(size: int, data: Points, trial: Trial) -> Iterator[tuple[Tensor, Tensor]]:
-    """`trial.steps` mini-batches, epoch after epoch in a new order."""
-    generator = torch.Generator().manual_seed(trial.seed)
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(trial.steps):
-        if len(order) < size:
-            order = torch.randperm(len(data.targets), generator=generator)
-        rows, order = order[:size], order[size:]
-        yield data.inputs[rows], data.targets[rows]
 
 
 def _paths_of_others(trial: Trial, policy: Policy, journal: Journal[Key]) -> list[replay.ControlPath] | None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
-import torch
 from numpy.random import Generator
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlsched.envs import FAMILIES, InnerTask, bundled
 from rlsched.envs.data import load_mnist
 from rlsched.envs.mixtures import mixture
 from rlsched.envs.sources import Points
-
-SPLIT_SEED = 0  # one data set, and one split into training and validation points, for all runs
+from rlsched.experiments.networks import perceptron
+from rlsched.experiments.points import split
 
 
 class FixedSplit:
@@ -29,9 +27,7 @@ class FixedSplit:
     """
 
     def __init__(self, inputs: Tensor, targets: Tensor, validation_points: int) -> None:
-        order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        validation, training = order[:validation_points], order[validation_points:]
-        self.points = Points(inputs[training], targets[training], inputs[validation], targets[validation])
+        self.points = split(inputs, targets, validation_points)
 
     @property
     def max_points(self) -> int:
@@ -39,14 +35,6 @@ class FixedSplit:
 
     def draw(self, rng: Generator) -> Points:
         return self.points
-
-
-def perceptron(*widths: int) -> nn.Module:
-    """A perceptron with torch's own initialisation, as users have it."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths[:-1]):
-        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1]))
 
 
 def digits(_: Path | None = None) -> InnerTask:

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from functools import cache
 
 import torch
 from torch import Tensor
 
-PART = 10  # every tenth paragraph or image validates
+from rlsched.experiments import text
+
+PART = 10  # every tenth image validates
 NOISE = 0.5  # standard deviation, of the range of a pixel
 VALIDATION_COPIES = 5  # of each image, with other noise
-UNKNOWN = "<unk>"
 
 
 @cache
 def words(vocabulary: int = 1000) -> tuple[Tensor, Tensor]:
-    """Words and signs as numbers below `vocabulary`, rarer ones being `UNKNOWN`: to train on, and to validate."""
-    training, validation = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in _reference()]
-    known = [UNKNOWN, *(word for word, _ in Counter(training).most_common(vocabulary - 1))]
-    number = {word: i for i, word in enumerate(known)}
-    return _numbers([number.get(w, 0) for w in training]), _numbers([number.get(w, 0) for w in validation])
+    """Words and signs as numbers below `vocabulary`, rarer ones being `text.UNKNOWN`: to train on, and to validate."""
+    return text.words(*text.reference(), vocabulary)
 
 
 @cache
 def characters() -> tuple[Tensor, Tensor, int]:
     """Characters as numbers: to train on, and to validate; and how many there are."""
-    training, validation = _reference()
-    number = {character: i for i, character in enumerate(sorted({*training, *validation}))}
-    return _numbers([number[c] for c in training]), _numbers([number[c] for c in validation]), len(number)
+    return text.characters(*text.reference())
 
 
 @cache
@@ -64,18 +58,3 @@ def sequences(
     others = torch.randint(symbols, (number, length), generator=generator)
     is_wrong = torch.rand(number, length, generator=generator) < wrong
     return inputs, torch.where(is_wrong, others, inputs.sort(-1).values)
-
-
-@cache
-def _reference() -> tuple[str, str]:
-    """The Python reference as its `help` shows it, each paragraph once: to train on, and to validate."""
-    from pydoc_data.topics import topics
-
-    paragraphs = list(dict.fromkeys("\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")))
-    validation = paragraphs[::PART]
-    del paragraphs[::PART]
-    return "\n\n".join(paragraphs), "\n\n".join(validation)
-
-
-def _numbers(values: list[int]) -> Tensor:
-    return torch.tensor(values)

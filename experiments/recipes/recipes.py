@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.optim import SGD, Adadelta, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau, StepLR
 
-from rlsched.experiments.recipes import data
-from rlsched.experiments.recipes.networks import (
+from rlsched.experiments.networks import (
     CNN,
     GPT,
     VAE,
-    LSTMLanguageModel,
+    RecurrentLanguageModel,
     ResNet,
     Sorter,
     TransformerLanguageModel,
 )
+from rlsched.experiments.recipes import data
+from rlsched.experiments.schedules import quarter_on_plateau, warm_up_cosine
 
 
 class Problem(Protocol):
@@ -222,38 +222,25 @@ def _adamw_on_matrices(model: nn.Module, lr: float) -> Optimizer:
     return AdamW(groups, lr, betas=(0.9, 0.95))
 
 
-def _quarter_on_plateau(optimizer: Optimizer) -> ReduceLROnPlateau:
-    return ReduceLROnPlateau(optimizer, factor=0.25, patience=0, threshold=0.0)
-
-
-def _warm_up_and_cosine(steps: int, warm_up: int) -> Callable[[Optimizer], LRScheduler]:
-    def factor(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / (warm_up + 1)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
-
-    return lambda optimizer: LambdaLR(optimizer, factor)
-
-
 WORDS_EPOCH = 120  # steps
 RECIPES = {
     "lstm-clipped": Recipe(
         "LSTM of words, clipped",
-        lambda: Words(LSTMLanguageModel),
+        lambda: Words(RecurrentLanguageModel),
         _sgd(),
         lr=20.0,
         steps=10 * WORDS_EPOCH,
-        schedule=_quarter_on_plateau,
+        schedule=quarter_on_plateau,
         epoch=WORDS_EPOCH,
         clip=0.25,
     ),
     "lstm": Recipe(
         "LSTM of words",
-        lambda: Words(LSTMLanguageModel),
+        lambda: Words(RecurrentLanguageModel),
         _sgd(),
         lr=4.0,
         steps=10 * WORDS_EPOCH,
-        schedule=_quarter_on_plateau,
+        schedule=quarter_on_plateau,
         epoch=WORDS_EPOCH,
     ),
     "transformer-clipped": Recipe(
@@ -262,7 +249,7 @@ RECIPES = {
         _sgd(),
         lr=2.5,
         steps=10 * WORDS_EPOCH,
-        schedule=_quarter_on_plateau,
+        schedule=quarter_on_plateau,
         epoch=WORDS_EPOCH,
         clip=0.25,
     ),
@@ -272,7 +259,7 @@ RECIPES = {
         _sgd(),
         lr=0.5,
         steps=10 * WORDS_EPOCH,
-        schedule=_quarter_on_plateau,
+        schedule=quarter_on_plateau,
         epoch=WORDS_EPOCH,
     ),
     "cnn": Recipe(
@@ -291,7 +278,7 @@ RECIPES = {
         _adamw_on_matrices,
         lr=3e-3,
         steps=500,
-        schedule=_warm_up_and_cosine(500, warm_up=25),
+        schedule=lambda optimizer: warm_up_cosine(optimizer, 500, warm_up=25),
         clip=1.0,
         accumulate=4,
         takes_one_more=True,

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from tqdm import tqdm
 
 from rlsched import ScheduledOptimizer
+from rlsched.experiments import work
 from rlsched.experiments.journal import Journal, Row
 from rlsched.experiments.recipes.recipes import RECIPES, Recipe
 from rlsched.files import locked
@@ -99,18 +95,10 @@ def run(plan: Plan, out: Path, processes: int = 2) -> None:
     Raises:
         ValueError: `processes` is out of its range; `out` is a file; a line of the results is none.
     """
-    if processes < 1:
-        raise ValueError(f"processes must be at least 1, got {processes}")
-    with ExitStack() as stack:
-        stack.enter_context(locked(out))
+    work.check(processes)
+    with locked(out):
         journal = Journal(out / RUNS, key)
-        missing = [trial for trial in plan.trials() if trial not in journal]
-        rows: Iterable[Row] = map(perform, missing)
-        if processes > 1 and missing:
-            pool = stack.enter_context(get_context("spawn").Pool(processes, _begin_worker))  # ends with this block
-            rows = pool.imap(perform, missing)
-        for row in tqdm(rows, total=len(missing), desc="training", unit="run"):
-            journal.add(row)
+        work.do(perform, [trial for trial in plan.trials() if trial not in journal], journal, processes)
 
 
 def perform(trial: Trial) -> Row:
@@ -184,9 +172,3 @@ def train(recipe: Recipe, lr: float, options: Mapping[str, Any] | None = None) -
 
 def _finite(loss: float) -> float | None:
     return float(f"{loss:.6g}") if math.isfinite(loss) else None
-
-
-def _begin_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the parent, which ends this process
-    logging.getLogger("rlsched").setLevel(logging.CRITICAL)  # what was done is in the results

@@ -19,7 +19,6 @@ from rlsched.control import CONTROL_NAMES, CONTROLS, EARLY, moved_by
 from rlsched.envs import FAMILIES, InnerTask
 from rlsched.experiments.compare import run as compare_run
 from rlsched.experiments.compare.analysis import FIRST, WORST, Contender, Results, Setting, counted, report, table
-from rlsched.experiments.compare.replay import Replay
 from rlsched.experiments.compare.run import (
     OPTIMIZERS,
     POLICY,
@@ -34,6 +33,7 @@ from rlsched.experiments.compare.run import (
 )
 from rlsched.experiments.compare.tasks import digits, mnist, named
 from rlsched.experiments.journal import read
+from rlsched.experiments.replay import Replay
 from rlsched.experiments.table import PLOT, TABLE
 from rlsched.policy import Policy
 

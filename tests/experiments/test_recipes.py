@@ -8,6 +8,7 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from rlsched.experiments import text
 from rlsched.experiments.journal import read
 from rlsched.experiments.recipes import analysis, data
 from rlsched.experiments.recipes import run as runs
@@ -88,7 +89,7 @@ def test_plateau_is_told_the_validation_loss(monkeypatch):
 
 def test_validation_data_are_not_trained_on():
     """Learning by heart would pass for learning."""
-    training, validation = data._reference()
+    training, validation = text.reference()
     assert not set(training.split("\n\n")) & set(validation.split("\n\n"))
     images, _, others, _ = data.digits()
     assert len(images) + len(others) == 1797 and len(data.noisy_validation_digits()[0]) == 5 * len(others)

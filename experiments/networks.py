@@ -1,31 +1,60 @@
-"""The networks of the recipes."""
+"""The networks of the studies."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, relu, scaled_dot_product_attention
 
-Hidden = tuple[Tensor, Tensor]
+Hidden = Tensor | tuple[Tensor, Tensor]  # of a GRU, or of an LSTM
+CONVOLUTIONS: dict[int, tuple[Callable[..., nn.Module], Callable[[int], nn.Module]]] = {
+    1: (nn.Conv1d, nn.BatchNorm1d),
+    2: (nn.Conv2d, nn.BatchNorm2d),
+}
 
 
-class LSTMLanguageModel(nn.Module):
-    """As in pytorch/examples, word_language_model: embedding, two layers, dropout."""
+def perceptron(
+    *widths: int,
+    activation: Callable[[], nn.Module] = nn.ReLU,
+    norm: Callable[[int], nn.Module] | None = None,
+    bias: bool = True,
+) -> nn.Sequential:
+    """A perceptron with torch's own initialisation, as users have it; a norm stands before each activation."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths[:-1]):
+        layers += [nn.Linear(fan_in, fan_out, bias)]
+        layers += [] if norm is None else [norm(fan_out)]
+        layers += [activation()]
+    return nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias))
 
-    def __init__(self, vocabulary: int, width: int = 96) -> None:
+
+class RecurrentLanguageModel(nn.Module):
+    """As in pytorch/examples, word_language_model: embedding, recurrent layers, dropout."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int = 96,
+        *,
+        cell: Callable[..., nn.RNNBase] = nn.LSTM,
+        layers: int = 2,
+        rate: float = 0.2,
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.lstm = nn.LSTM(width, width, 2, dropout=0.2, batch_first=True)
-        self.dropout = nn.Dropout(0.2)
+        self.cells = cell(width, width, layers, dropout=rate if layers > 1 else 0.0, batch_first=True)
+        self.dropout = nn.Dropout(rate)
         self.decoder = nn.Linear(width, vocabulary)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
         nn.init.zeros_(self.decoder.bias)
 
     def forward(self, tokens: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Hidden]:
-        output, hidden = self.lstm(self.dropout(self.embedding(tokens)), hidden)
+        output, hidden = self.cells(self.dropout(self.embedding(tokens)), hidden)
         return self.decoder(self.dropout(output)), hidden
 
 
@@ -125,47 +154,58 @@ class CNN(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Three residual blocks with batch norm, the last two of half the size."""
+    """Residual blocks with batch norm on images, or on sequences of vectors; each but the first halves the sides.
 
-    def __init__(self, width: int = 8) -> None:
+    Args:
+        widths: of the blocks.
+        channels: of the input.
+        classes: of the output.
+        dimensions: 1 for (points, channels, length), 2 for (points, channels, height, width).
+    """
+
+    def __init__(
+        self, widths: Sequence[int] = (8, 16, 32), channels: int = 1, classes: int = 10, dimensions: int = 2
+    ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        widths = ((width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
-        self.blocks = nn.Sequential(*(ResidualBlock(*each) for each in widths))
-        self.out = nn.Linear(4 * width, 10)
+        convolution, norm = CONVOLUTIONS[dimensions]
+        self.stem = nn.Sequential(convolution(channels, widths[0], 3, 1, 1, bias=False), norm(widths[0]), nn.ReLU())
+        first = ResidualBlock(widths[0], widths[0], 1, dimensions)
+        self.blocks = nn.Sequential(first, *(ResidualBlock(*each, 2, dimensions) for each in pairwise(widths)))
+        self.out = nn.Linear(widths[-1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.out(self.blocks(self.stem(images)).mean((2, 3)))
+        return self.out(self.blocks(self.stem(images)).flatten(2).mean(-1))
 
 
 class ResidualBlock(nn.Module):
     """Two convolutions with batch norm, beside an identity or a projection."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, dimensions: int = 2) -> None:
         super().__init__()
+        convolution, norm = CONVOLUTIONS[dimensions]
         self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            convolution(inputs, outputs, 3, stride, 1, bias=False),
+            norm(outputs),
             nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            convolution(outputs, outputs, 3, 1, 1, bias=False),
+            norm(outputs),
         )
         self.beside: nn.Module = nn.Identity()
         if stride > 1:
-            self.beside = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.beside = nn.Sequential(convolution(inputs, outputs, 1, stride, bias=False), norm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return relu(self.body(x) + self.beside(x))
 
 
 class VAE(nn.Module):
-    """As in pytorch/examples, vae, for images of 8 by 8."""
+    """As in pytorch/examples, vae; by default for images of 8 by 8."""
 
-    def __init__(self, width: int = 128, latent: int = 8) -> None:
+    def __init__(self, width: int = 128, latent: int = 8, pixels: int = 64) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(64, width), nn.ReLU())
+        self.encoder = nn.Sequential(nn.Linear(pixels, width), nn.ReLU())
         self.mean, self.log_variance = nn.Linear(width, latent), nn.Linear(width, latent)
-        self.decoder = nn.Sequential(nn.Linear(latent, width), nn.ReLU(), nn.Linear(width, 64))
+        self.decoder = nn.Sequential(nn.Linear(latent, width), nn.ReLU(), nn.Linear(width, pixels))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden = self.encoder(images)

@@ -18,9 +18,9 @@ from rlsched.policy import Policy
 ControlPath = Sequence[tuple[int, Mapping[str, float]]]  # of each window: first inner step, states of the controls
 
 
-def control_path(windows: Sequence[Window]) -> list[tuple[int, dict[str, float]]]:
-    """The control path of a run, at five digits, from what `Controller.windows` has of it after the probe."""
-    return [(w.start, {k: float(f"{v:.5g}") for k, v in w.control.items()}) for w in windows if not w.probing]
+def control_path(windows: Sequence[Window], digits: int = 5) -> list[tuple[int, dict[str, float]]]:
+    """The control path of a run, from what `Controller.windows` has of it after the probe."""
+    return [(w.start, {k: float(f"{v:.{digits}g}") for k, v in w.control.items()}) for w in windows if not w.probing]
 
 
 class Replay:

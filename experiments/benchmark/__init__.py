@@ -1,0 +1,1 @@
+"""Policies against tuned and untuned schedules, on development tasks and on test tasks: `rlsched benchmark`."""
