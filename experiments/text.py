@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rlsched.envs.stored import SOURCES
+
 PART = 10  # every tenth paragraph validates
 UNKNOWN = "<unk>"
 MIN_WORDS = 8  # in a docstring that is text
@@ -28,10 +30,14 @@ def reference() -> tuple[str, str]:
 
 @cache
 def docstrings() -> tuple[str, str]:
-    """The docstrings of the standard library's modules, each paragraph once: to train on, and to validate."""
+    """The docstrings of the standard library's modules, each paragraph once: to train on, and to validate.
+
+    Without the modules whose source code policies train on.
+    """
     found: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        found += _documented(ast.parse(path.read_bytes()))
+        if path.stem not in SOURCES:
+            found += _documented(ast.parse(path.read_bytes()))
     return _split(p for text in found for p in text.split("\n\n") if p.isascii() and len(p.split()) >= MIN_WORDS)
 
 
