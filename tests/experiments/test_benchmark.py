@@ -118,13 +118,14 @@ def prototypes(_):
 def test_task_is_learnt(name, monkeypatch):
     """A task that stays near chance compares nothing."""
     monkeypatch.setattr(data, "mnist", prototypes)  # what it has otherwise is a user's own
+    monkeypatch.setattr(runs, "EVALUATIONS", 2)
     task = TASKS[name]
     optimizer, base = max(task.bases.items(), key=lambda item: item[1].kind is not SGD)
     factor = 0.3 if base.options.get("momentum") else 1.0 if base.kind is SGD else 10.0
     result = perform(Job(Trial(name, optimizer, 100, "cosine", factor, 0), data=Path()))
     first, chance = result["first_loss"], result["chance"]  # which of words takes some hundred steps to reach
     assert result["loss"] < (chance + 0.1 * (first - chance) if "words" in name else 0.98 * chance)
-    assert len(result["curve"]["loss"]) == runs.EVALUATIONS and result["curve"]["step"][-1] == 100
+    assert result["curve"]["step"] == [50, 100]
 
 
 @EACH_TASK
@@ -428,7 +429,7 @@ def test_policies_are_compared_in_pairs(tmp_path):
 
 def test_report_is_made_of_the_file_alone(tiny, tmp_path, capsys):
     """A table could not be made again from what is published."""
-    plan = Plan("development", ["tiny"], 2, ["all"], base_lrs=(1.0,), sweep=(0.1, 1.0))
+    plan = Plan("development", ["tiny"], 1, ["all"], base_lrs=(1.0,), sweep=(0.1, 1.0))
     run(plan, {"mine": LIVELY}, tmp_path, 1)
     text = report(tmp_path)
     for name in (TABLE, PROFILE, "lr.png", TENSORBOARD):
