@@ -61,6 +61,9 @@ class TrainConfig:
     observations: tuple[str, ...] = option(OBSERVATION_NAMES, "what the policy sees: names of docs/spec.md")
     controls: tuple[str, ...] = option(CONTROL_NAMES, f"what it moves, of {', '.join(CONTROL_NAMES)}")
     base_schedule: str = option("linear", f"what it modulates: {', '.join(BASE_SCHEDULES)}")
+    safe_start: float = option(
+        1.0, "part of the learning rate that the probe allows that runs start at", Range(0, 1, open=True)
+    )
     trust: float = option(1e4, "factor by which the policy may move the learning rate, either way", Range(1, open=True))
     num_envs: int = option(512, "inner training runs at once", COUNT)
     clones: int = option(1, "runs of a set that differ in their actions alone; advantages are centred on it", COUNT)

@@ -23,7 +23,7 @@ AVERAGE = "average_actor"  # running average of the actor's weights, or None
 
 def interface_of(config: TrainConfig) -> dict[str, Any]:
     """What a model has to know of its configuration to be exported."""
-    names = ("observations", "controls", "base_schedule", "actor", "hidden", "activation")
+    names = ("observations", "controls", "base_schedule", "safe_start", "actor", "hidden", "activation")
     return {name: getattr(config, name) for name in names}
 
 
@@ -64,6 +64,7 @@ def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
         interface["controls"],
         domain=getattr(model, DOMAIN, None),  # of its last evaluation
         base_schedule=interface["base_schedule"],
+        safe_start=interface["safe_start"],
         info=info,
     )
 

@@ -69,7 +69,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
     with ExitStack() as stack:
         stack.enter_context(locked(run_dir))
         _check_hyperparameters(run_dir, config)  # which another process may have written by now
-        seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule")}
+        seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule", "safe_start")}
         options = {"reward": config.reward, "trust": config.trust, "compile": config.compile, **seen}
         env = VectorEnvAdapter(_vector_env(config, config.num_envs, clones=config.clones, **options))
         stack.callback(env.close)

@@ -86,8 +86,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         controls: names of what an action moves, of `rlsched.control.CONTROLS`, in that order; by default all. The
             others stand still.
         base_schedule: what the policy modulates, a name in `rlsched.base_schedule.BASE_SCHEDULES`.
-        safe_start: whether the learning rate is checked by a first, small step. Without it, the zero action
-            gives the base schedule exactly.
+        safe_start: the part of what a first, small step shows to be safe that the learning rate starts at, if not below
+            it. Without one, with 0 or False, the zero action gives the base schedule exactly.
         trust: an action moves the learning rate at most by this factor from that of the base schedule, either way; as
             far as the control reaches by default.
         compile: compile the inner steps with `torch.compile`, which needs a C compiler.
@@ -116,7 +116,7 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         observations: Sequence[str] = OBSERVATION_NAMES,
         controls: Sequence[str] = CONTROL_NAMES,
         base_schedule: str | BaseSchedule = "linear",
-        safe_start: bool = True,
+        safe_start: float = 1.0,
         trust: float | None = None,
         compile: bool = False,
         device: str | torch.device = "cpu",
@@ -125,6 +125,8 @@ class SchedulingVectorEnv(VectorEnv[Array, Array, Array]):
         sweep: Sequence[float] | None = None,
     ) -> None:
         check_sets(num_envs, clones)
+        if not 0 <= safe_start <= 1:
+            raise ValueError(f"safe_start must be between 0 and 1, got {safe_start!r}")
         if sweep is not None and (len(sweep) != clones or not all(0 <= quantile <= 1 for quantile in sweep)):
             raise ValueError(f"sweep must hold {clones} quantiles in [0, 1], one for each clone, got {sweep!r}")
         if reward not in REWARDS:
@@ -298,7 +300,7 @@ class _Group:
         self.windows = zeros()  # done in the episode
         self.drop = zeros()  # the episode's return so far
 
-    def begin(self, slots: list[int], rngs: list[Generator], safe_start: bool) -> None:
+    def begin(self, slots: list[int], rngs: list[Generator], safe_start: float) -> None:
         """Start new episodes: draw them, take the first inner step, observe it."""
         training, interface = self.training, self._interface
         quantiles = None if self._sweep is None else [self._sweep[slot % self._clones] for slot in slots]
@@ -312,7 +314,7 @@ class _Group:
         state = state._replace(step=state.step + 1)
         train_loss = moments.loss[:, -1] / training.settings.loss_scale[slots]
         seen = self._as_reported(moments, slots)
-        if safe_start:
+        if safe_start > 0:
             state = schedule.start(state, schedule.probe(run, state, seen))
         told = self._as_told(validation, slots)
         observation, state = schedule.observe(run, state, summarise(seen), interface.observations, told)

@@ -117,7 +117,7 @@ class Controller(TrainingRun):
             acts=bool(self._moving),
             log=self.log,
         )
-        probing = self.policy.safe_start and LR.name in self._written and not traits.own_scale
+        probing = self.policy.safe_start * (LR.name in self._written and not traits.own_scale)
         self.states = per_group.begin(self.run, own, self.policy, probing=probing)
         self.validation = unseen()
         self.kept = KeptWeights(optimizer, keep_best=given.keep_best, averaging=given.averaging)

@@ -31,7 +31,7 @@ class Decision(NamedTuple):
     state: ScheduleState  # that they have led to
 
 
-def begin(run: Run, bases: Sequence[Mapping[str, Number]], policy: Policy, *, probing: bool) -> list[ScheduleState]:
+def begin(run: Run, bases: Sequence[Mapping[str, Number]], policy: Policy, *, probing: float) -> list[ScheduleState]:
     """The states of a run before its first inner step, one for each of `bases`.
 
     Raises:

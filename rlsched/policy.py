@@ -38,7 +38,7 @@ class Policy(Protocol):
 
     observations: tuple[str, ...]  # that it uses, of `rlsched.signals.OBSERVATIONS`
     controls: tuple[str, ...]  # that it moves, of `rlsched.control.CONTROLS`
-    safe_start: bool  # whether runs under it begin with a probe (`rlsched.schedule.probe`)
+    safe_start: float  # of what a probe (`rlsched.schedule.probe`) allows, the part that runs start at; 0 without one
     base_schedule: BaseSchedule  # what it modulates
 
     @property
@@ -60,7 +60,7 @@ class _Spec(NamedTuple):
     controls: tuple[str, ...]
     actor: str
     actor_options: dict[str, Any]
-    safe_start: bool
+    safe_start: float
     base_schedule: str
 
 
@@ -71,7 +71,8 @@ class SchedulePolicy:
         actor: decides; its weights are taken over as they are, in float32 on the host, and have to be finite.
         observations: names of what it sees, in the order of its inputs.
         controls: names of what it moves, in the order of its outputs.
-        safe_start: whether runs under this policy begin with a probe (`rlsched.schedule.probe`).
+        safe_start: the part of the learning rate that a probe allows (`rlsched.schedule.probe`) that runs under this
+            policy start at, if not below it: from 0 (or False), which is without a probe, to 1 (or True).
         domain: where the observations lie that it was trained on; without one it is trusted everywhere.
         base_schedule: the name of the schedule that it modulates, in `rlsched.base_schedule.BASE_SCHEDULES`.
         info: anything JSON can hold about how the policy was trained and how it scored.
@@ -87,7 +88,7 @@ class SchedulePolicy:
         observations: Sequence[str],
         controls: Sequence[str],
         *,
-        safe_start: bool = True,
+        safe_start: float = 1.0,
         domain: Domain | None = None,
         base_schedule: str | BaseSchedule = "linear",
         info: dict[str, Any] | None = None,
@@ -99,14 +100,14 @@ class SchedulePolicy:
                 f"actor takes {actor.inputs} observations and gives {actor.outputs} actions, for "
                 f"{len(self.observations)} observations and {len(self.controls)} controls"
             )
-        if not isinstance(safe_start, bool):
-            raise ValueError(f"safe_start must be True or False, got {safe_start!r}")
+        if not (isinstance(safe_start, int | float) and 0 <= safe_start <= 1):
+            raise ValueError(f"safe_start must be a number between 0 and 1, got {safe_start!r}")
         if info is not None and not isinstance(info, dict):
             raise ValueError(f"info must be a dict, got {type(info).__name__}")
         self.actor = actor.to("cpu", torch.float32).requires_grad_(False).eval()
         for name, tensor in self.actor.state_dict().items():
             check_finite(f"actor: {name}", tensor)
-        self.safe_start = safe_start
+        self.safe_start = bool(safe_start) if safe_start in (0, 1) else float(safe_start)
         self.domain = None if domain is None else domain.checked(len(self.observations))
         self.base_schedule = named_base_schedule(base_schedule)
         self.info = info or {}
@@ -115,7 +116,7 @@ class SchedulePolicy:
     def zero(cls, base_schedule: str | BaseSchedule = "linear") -> SchedulePolicy:
         """The policy that always stands still, and so gives the base schedule."""
         still = Perceptron(1, 1, ())
-        return cls(still, ("progress",), ("lr",), safe_start=False, base_schedule=base_schedule, info={"name": "zero"})
+        return cls(still, ("progress",), ("lr",), safe_start=0.0, base_schedule=base_schedule, info={"name": "zero"})
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> SchedulePolicy:

@@ -40,7 +40,9 @@ class ScheduleState(NamedTuple):
     base: dict[str, Number]  # the states that mean what the user gave: the base schedule
     lr_offset: Number  # added to the lr control's state, where that does not reach low enough
     ceiling: Number  # of the lr control's state: what the probe, or the loss since then, has shown to be safe
-    probing: Number  # whether the lr is still that of the probe
+    probing: (
+        Number  # as long as the lr is that of the probe, the part of what this allows that the run starts at; then 0
+    )
     history: History  # see `signals.TRACES`
     window_start: Number  # inner steps done when the window began
     window_end: Number  # and when it ends, which is when the next decision is due
@@ -53,7 +55,7 @@ def decision_interval(total_steps: int, decisions: int) -> int:
     return max(1, math.ceil(total_steps / decisions))
 
 
-def begin(run: Run, base: Mapping[str, Number], *, probing: bool, memory: Any = None) -> ScheduleState:
+def begin(run: Run, base: Mapping[str, Number], *, probing: Number, memory: Any = None) -> ScheduleState:
     """A run before its first inner step, which is a window of its own; `base` are the user's `control.base_values`."""
     zero = 0 * run.total_steps
     origin = {name: zero + c.origin(base[name]) for name, c in CONTROLS.items()}
@@ -147,12 +149,11 @@ def with_lr(state: ScheduleState, lr: Number) -> ScheduleState:
 # measured. Updates are proportional to the learning rate, whatever the optimizer, so the probe tells what a step at
 # the full base learning rate would have done. If that step promised to take away more than MAX_DECREASE of the loss,
 # or a step with all of its momentum to move the weights by more than MAX_UPDATE of their norm, the run starts from
-# the learning rate that stays within both limits. The usual default learning rates do, or nearly. The start is at START
-# times that at most: what a high start does to a network is not always recovered; a low one costs a decision or two.
+# the learning rate that stays within both limits, or from a part of it that the policy was trained to start at: what a
+# high start does to a network is not always recovered. The usual default learning rates do, or nearly.
 
 LOG_PROBE = -7.0
 PROBE = math.exp(LOG_PROBE)  # factor on the base learning rate in the probe
-START = 0.3
 MAX_DECREASE = 0.3  # of the loss, as predicted to first order
 MAX_UPDATE = 0.1  # of the norm of the weights
 
@@ -197,7 +198,7 @@ def safe_offset(predicted_decrease: Number, update_ratio: Number, growth: Number
 
 
 def start(state: ScheduleState, offset: Number) -> ScheduleState:
-    """The state after the probe: the lr control at START times a `safe_offset`, or at its origin."""
+    """The state after the probe: the lr control at its part of a `safe_offset`, or at its origin if that is lower."""
     allowed = clamp(offset, LR.low, LR.high)
-    low = clamp(allowed + math.log(START), LR.low, 0.0)
-    return with_lr(state, low)._replace(ceiling=allowed, probing=0 * state.probing)
+    part = clamp(allowed + log(state.probing), LR.low, 0.0)
+    return with_lr(state, part)._replace(ceiling=allowed, probing=0 * state.probing)

@@ -89,7 +89,8 @@ def test_domain_that_is_none_is_refused(domain, message):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"safe_start": 1}, "safe_start must be True or False, got 1"),
+    ({"safe_start": 1.5}, "safe_start must be a number between 0 and 1, got 1.5"),
+    ({"safe_start": math.nan}, "safe_start must be a number between 0 and 1, got nan"),
     ({"info": ["trained"]}, "info must be a dict, got list"),
     ({"observations": 3}, "observations must be some of .*, got 3"),
     ({"observations": (["lr"],)}, "observations must be some of "),
@@ -133,7 +134,7 @@ def test_products_that_overflow_are_no_action(kind):
     ({SPEC: "{}"}, "is of version None of policy files"),
     ({SPEC: '{"version": 2}'}, r"rlsched.spec must have .*'actor'.*, it has \('version',\)"),
     ({INFO: "null"}, "rlsched.info must be a JSON object, got NoneType"),
-    ({"safe_start": "yes"}, "safe_start must be True or False, got 'yes'"),
+    ({"safe_start": "yes"}, "safe_start must be a number between 0 and 1, got 'yes'"),
     ({"controls": [["lr"]]}, r"controls must be some of .*, got \[\['lr'\]\]"),
     ({"observations": [], "controls": []}, "inputs and outputs must be at least 1, got 0 and 0"),
     ({"actor": ["perceptron"]}, r"actor must be one of .*, got \['perceptron'\]"),

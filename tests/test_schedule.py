@@ -189,12 +189,12 @@ def test_runs_of_a_batch_are_each_run_alone(probing, base_schedule):
 # --- Safe start -----------------------------------------------------------------------------------------------------
 
 
-def safe(decrease, ratio, growth=1.0):
+def safe(decrease, ratio, growth=1.0, part=1.0):
     """The learning rate's control after a probe with such moments; the rest of the state stays."""
     offset = schedule.safe_offset(decrease, ratio, growth)
     together = schedule.safe_offset(*(torch.tensor([x, x], dtype=torch.float64) for x in (decrease, ratio, growth)))
     assert together.tolist() == pytest.approx([offset] * 2), "of runs in tensors another than of one in floats"
-    before = schedule.begin(RUN, BASE, probing=True)
+    before = schedule.begin(RUN, BASE, probing=part)
     after = schedule.start(before, offset)
     assert after.control == {**before.control, "lr": after.control["lr"]} and not after.probing
     return after.control["lr"]
@@ -213,6 +213,16 @@ def test_safe_start_goes_down_to_the_limit_that_the_probe_foretells():
             expected = math.log(schedule.MAX_UPDATE * PROBE / u)
             assert safe(d, u) == pytest.approx(expected, rel=1e-5)
             assert safe(d, u / 10, growth=10.0) == pytest.approx(expected, rel=1e-5)
+
+
+def test_safe_start_takes_the_part_of_it_that_the_policy_was_trained_to_start_at():
+    """A start that is higher than those that a policy knows does what it has never had to mend."""
+    for d in (1e-3, 1e-2):
+        assert safe(d, 0.0, part=0.3) == pytest.approx(safe(d, 0.0) + math.log(0.3))
+    assert safe(0.1 * PROBE, 0.0, part=0.3) == pytest.approx(math.log(0.9))  # thrice the base would have been allowed
+    assert safe(0.01 * PROBE, 0.0, part=0.3) == 0
+    state = schedule.start(schedule.begin(RUN, BASE, probing=0.3), -1.0)
+    assert state.ceiling == -1.0, "what was allowed, a decision may reach"
 
 
 def test_safe_start_leaves_a_harmless_learning_rate():

@@ -179,7 +179,7 @@ def test_policy_sees_moves_and_modulates_what_was_asked_for(make_config, monkeyp
 
     monkeypatch.setattr("rlsched.agents.ppo._vector_env", recorded)
     policy = train(config)
-    assert len(made) == 3  # to train in, and to play the policy and the zero policy in
+    assert len(made) == 4  # to train in, and to play the policy and the zero policy in, once from several base lrs
     assert all(named_base_schedule(options["base_schedule"]).name == base_schedule for options in made)
     assert {"observations": policy.observations, "controls": policy.controls} == asked
     assert policy.base_schedule == BASE_SCHEDULES[base_schedule]

@@ -27,7 +27,9 @@ def test_episode_is_well_formed(task):
             outputs = network(inputs)
             if task.loss is nn.functional.cross_entropy:
                 assert targets.dtype == torch.int64 and outputs.shape[0] == len(targets)
-                assert targets.min() == 0 and targets.max() == outputs.shape[-1] - 1
+                classes = outputs.shape[-1]
+                assert targets.min() >= 0 and targets.max() < classes
+                assert len(targets) < 500 or len(targets.unique()) == classes
             elif task.loss is nn.functional.mse_loss:
                 assert outputs.shape == targets.shape, "or it would be broadcast"
             loss = task.loss(outputs, targets)

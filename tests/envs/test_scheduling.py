@@ -490,8 +490,8 @@ def test_divergence_stays_within_its_run(make_task, play):
     training = poisoned._groups[0].training
     begin = training.begin
 
-    def begin_poisoned(slots, rngs):
-        begin(slots, rngs)
+    def begin_poisoned(slots, *drawn):
+        begin(slots, *drawn)
         training.settings.lr[2] = 1e38
 
     training.begin = begin_poisoned

@@ -31,17 +31,27 @@ CHANCE = {
     "mlp-tanh": math.log(8),
     "mlp-layer-norm": math.log(10),
     "mlp-dropout": math.log(10),
+    "mlp-rescaled": math.log(6),
+    "mlp-long": math.log(8),
+    "mlp-by-heart": math.log(8),
     "regression": 1.0,
     "regression-tanh": 1.0,
+    "regression-by-heart": 1.0,
     "two-heads": math.log(6) + 1,
     "autoencoder": 1.0,
     "conv": math.log(8),
     "conv-batch-norm": math.log(8),
     "recurrent": math.log(8),
+    "recurrent-source-code": math.log(48),
     "attention": math.log(12),
     "attention-copying": math.log(12),
+    "attention-source-code": math.log(48),
     "digits": math.log(10),
 }
+# The most that is left of that in any run, where it is not a half, and in the mean, where it is not 0.35.
+LEFT = {"recurrent-source-code": (0.9, 0.85), "attention-source-code": (0.9, 0.85), "regression-by-heart": (0.8, 0.6)}
+BY_HEART = {"mlp-by-heart", "regression-by-heart"}  # of which a network may learn no more than its own points
+
 # Base learning rates of SGD that anyone would try, where it is not 0.03; that of AdamW is 0.02 throughout.
 SGD_LR = {"regression": 0.01, "two-heads": 0.01, "autoencoder": 0.01, "attention-copying": 0.3}
 # Data that are as easy as a source has them.
@@ -74,12 +84,11 @@ def play_zero(task, *, decisions, sgd_lr, adaptive_lr, runs=6):
     )
     env = SchedulingVectorEnv(runs, [replace(task, setup=setup)], safe_start=False, autoreset=False)
     env.reset(seed=0)
-    total, done = np.zeros(runs), np.zeros(runs, bool)
+    done = np.zeros(runs, bool)
     while not done.all():
-        _, rewards, done, _, infos = env.step(np.zeros(env.action_space.shape, np.float32))
-        total += rewards
+        *_, done, _, infos = env.step(np.zeros(env.action_space.shape, np.float32))
     assert set(infos["adaptive"]) == {-1, 1}, "both optimizers"
-    return infos, total
+    return infos, infos["return"]
 
 
 # --- Learnable ------------------------------------------------------------------------------------------------------
@@ -93,9 +102,10 @@ def test_sane_learning_rate_learns(name):
         easy = {knob: value for knob, value in EASY.items() if hasattr(task.source, knob)}
         task = replace(task, data=replace(task.source, **easy))
     infos, _ = play_zero(task, decisions=25, sgd_lr=SGD_LR.get(name, 0.03), adaptive_lr=0.02)
-    left = infos["validation_loss"] / CHANCE[name]
-    assert (left < 0.5).all(), left
-    assert left.mean() < 0.35
+    left = infos["train_loss" if name in BY_HEART else "validation_loss"] / CHANCE[name]
+    most, mean = LEFT.get(name, (0.5, 0.35))
+    assert (left < most).all(), left
+    assert left.mean() < mean
 
 
 @pytest.mark.parametrize("name", TASKS)
