@@ -138,5 +138,18 @@ def _checked(name: str, value: Any, kind: type) -> Any:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "broad": {
+        "tasks": "broad",
+        "num_envs": 736,  # eight sets for each of 23 families
+        "clones": 4,
+        "safe_start": 0.3,
+        "timesteps": 2_000_000,
+        "batch_size": 2944,
+        "n_epochs": 8,
+        "learning_rate": 1e-3,
+        "averaging": 10.0,
+        "eval_every": 45,
+        "eval_episodes": 92,
+    },
     "demo": {"tasks": "small", "num_envs": 256, "n_steps": 64, "timesteps": 400_000, "eval_every": 8},
 }

@@ -18,13 +18,14 @@ CHECKPOINT = "checkpoint.zip"  # in the folder of a training run
 # Attributes of a model, which its checkpoint keeps.
 DOMAIN = "observed_domain"  # where the observations lie that it was evaluated on
 INTERFACE = "policy_interface"  # what its policy sees and moves, and what kind of network decides
+# What of its configuration a model has to know, to be exported.
+INTERFACE_FIELDS = ("observations", "controls", "base_schedule", "safe_start", "actor", "hidden", "activation")
 AVERAGE = "average_actor"  # running average of the actor's weights, or None
 
 
 def interface_of(config: TrainConfig) -> dict[str, Any]:
-    """What a model has to know of its configuration to be exported."""
-    names = ("observations", "controls", "base_schedule", "safe_start", "actor", "hidden", "activation")
-    return {name: getattr(config, name) for name in names}
+    """What a model has to know of its configuration."""
+    return {name: getattr(config, name) for name in INTERFACE_FIELDS}
 
 
 def learner(actor: str) -> type[PPO]:
@@ -47,7 +48,7 @@ def export(model: PPO, *, info: dict[str, Any] | None = None) -> SchedulePolicy:
         ValueError: the model is not one that `rlsched train` made.
     """
     interface: Mapping[str, Any] | None = getattr(model, INTERFACE, None)
-    if interface is None:
+    if interface is None or not interface.keys() >= set(INTERFACE_FIELDS):
         raise ValueError("model: it does not say what it observes and moves, so it is not one that rlsched trained")
     kind = ACTORS[interface["actor"]]
     actor = kind(

@@ -215,7 +215,7 @@ def _train_options(parser: Parser) -> None:
     """Beside its own, an option for each field of TrainConfig."""
     from rlsched.agents.config import TrainConfig
 
-    parser.add_argument("--preset", default="default", help="where the other options start from: default, demo")
+    parser.add_argument("--preset", default="default", help="where the other options start from: default, broad, demo")
     parser.add_argument("--run-dir", "--log-dir", help="folder of the run: checkpoint, TensorBoard log, policy file")
     types = typing.get_type_hints(TrainConfig)
     group = parser.add_argument_group("configuration (defaults of the preset `default` in brackets)")

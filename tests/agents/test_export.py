@@ -76,6 +76,12 @@ def test_exported_policy_acts_like_the_model(make_model, tmp_path, actor, hidden
     assert policy.info == {"name": "test"} and policy.safe_start and policy.actor.name == actor
 
 
+def test_policy_starts_as_it_was_trained_to(make_model, tmp_path):
+    """From another learning rate than those that it knows, it would be the policy of other runs."""
+    policy = export(make_model(safe_start=0.25))
+    assert policy.safe_start == SchedulePolicy.load(policy.save(tmp_path / "quarter.safetensors")).safe_start == 0.25
+
+
 def test_export_knows_what_the_model_sees_and_moves(make_model, tmp_path):
     """The same numbers under other names, or in another order, are another policy; that fits everywhere."""
     seen = {"observations": ("adaptive", "progress"), "controls": ("clip", "lr")}

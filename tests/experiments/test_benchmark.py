@@ -124,7 +124,7 @@ def test_task_is_learnt(name, monkeypatch):
     factor = 0.3 if base.options.get("momentum") else 1.0 if base.kind is SGD else 10.0
     result = perform(Job(Trial(name, optimizer, 100, "cosine", factor, 0), data=Path()))
     first, chance = result["first_loss"], result["chance"]  # which of words takes some hundred steps to reach
-    assert result["loss"] < (chance + 0.1 * (first - chance) if "words" in name else 0.98 * chance)
+    assert result["loss"] < (chance + 0.1 * (first - chance) if "words" in name else 0.99 * chance)
     assert result["curve"]["step"] == [50, 100]
 
 
