@@ -65,7 +65,10 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
+_FOR_LIFE = ExitStack()  # of a worker
+
+
 def _begin_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the parent, which ends this process
-    _quiet().__enter__()  # for as long as it lives
+    _FOR_LIFE.enter_context(_quiet())
