@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlsched.envs.stored import SOURCES
+from rlsched.envs.stored import SOURCE_MODULES
 
 PART = 10  # every tenth paragraph validates
 UNKNOWN = "<unk>"
@@ -36,7 +36,7 @@ def docstrings() -> tuple[str, str]:
     """
     found: list[str] = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        if path.stem not in SOURCES:
+        if path.stem not in SOURCE_MODULES:
             found += _documented(ast.parse(path.read_bytes()))
     return _split(p for text in found for p in text.split("\n\n") if p.isascii() and len(p.split()) >= MIN_WORDS)
 

@@ -13,7 +13,7 @@ from rlsched.experiments.benchmark import plots
 from rlsched.experiments.benchmark.methods import POLICY
 from rlsched.experiments.benchmark.results import REFERENCE, Condition, Results, Score
 from rlsched.experiments.benchmark.statistics import MOST_SPEED_UP, Estimate
-from rlsched.experiments.benchmark.tasks import Cell
+from rlsched.experiments.cell import Cell
 from rlsched.experiments.table import TABLE, markdown
 from rlsched.files import write
 

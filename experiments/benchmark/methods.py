@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import update_bn
 
 from rlsched import ScheduledOptimizer
 from rlsched.experiments.benchmark.bases import Base
@@ -116,16 +117,8 @@ class Averaged(Drive):
     def evaluating(self, network: nn.Module, inputs: Tensor) -> Iterator[None]:
         """The statistics of batch norm are taken anew, as the package asks for."""
         self.schedule_free.eval()
-        norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-        for norm in norms:
-            norm.momentum = 1.0
-        if norms:
-            network.train()
-            network(inputs)
-            network.eval()
+        update_bn([inputs], network)
         yield
-        for norm in norms:
-            norm.momentum = 0.1
         self.schedule_free.train()
 
 

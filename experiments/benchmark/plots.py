@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rlsched.experiments.benchmark import statistics
 from rlsched.experiments.benchmark.methods import POLICY
 from rlsched.experiments.benchmark.results import Condition, Contender, Results, log_loss
-from rlsched.experiments.benchmark.tasks import Cell
+from rlsched.experiments.cell import Cell
 from rlsched.experiments.journal import Row
 from rlsched.experiments.table import save
 

@@ -24,7 +24,7 @@ from rlsched.experiments.benchmark.methods import (
 )
 from rlsched.experiments.benchmark.run import RUNS, key
 from rlsched.experiments.benchmark.statistics import Estimate
-from rlsched.experiments.benchmark.tasks import Cell
+from rlsched.experiments.cell import Cell
 from rlsched.experiments.journal import Row, read
 
 SMALLEST_LOSS = 1e-12  # what a loss below it counts as: it has a logarithm

@@ -31,7 +31,8 @@ from rlsched.experiments.benchmark.methods import (
     ablations,
     leads,
 )
-from rlsched.experiments.benchmark.tasks import SUITES, TASKS, Cell, Task, cells
+from rlsched.experiments.benchmark.tasks import SUITES, TASKS, Task, cells
+from rlsched.experiments.cell import Cell
 from rlsched.experiments.journal import Journal, Row
 from rlsched.experiments.points import batches
 from rlsched.experiments.replay import ControlPath, Replay, control_path

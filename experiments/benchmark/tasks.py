@@ -30,6 +30,7 @@ from rlsched.experiments.benchmark.bases import (
     Base,
     plain,
 )
+from rlsched.experiments.cell import Cell
 from rlsched.experiments.networks import (
     GPT,
     VAE,
@@ -117,17 +118,6 @@ class Task:
     steps: tuple[int, ...]
     batch: int = 32
     needs_folder: bool = False
-
-
-class Cell(NamedTuple):
-    """What methods are compared on."""
-
-    task: str
-    optimizer: str
-    steps: int
-
-    def __str__(self) -> str:
-        return f"{self.task}, {self.optimizer}, {self.steps} steps"
 
 
 def _of(source: Callable[[], Points]) -> Callable[[Path | None], Points]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from rlsched.experiments.cell import Cell
 from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES, key
 from rlsched.experiments.journal import Row, read
 from rlsched.experiments.table import markdown, publish
@@ -23,17 +24,6 @@ FIRST = "first_log_loss"  # of the untrained network: what a diverged run counts
 WORST = 1.0  # what it counts as in a row of older versions, without `FIRST`: worse than chance among ten classes
 
 
-class Setting(NamedTuple):
-    """What all schedules are compared on."""
-
-    task: str
-    optimizer: str
-    steps: int
-
-    def __str__(self) -> str:
-        return f"{self.task}, {self.optimizer}, {self.steps} steps"
-
-
 class Contender(NamedTuple):
     """What is compared: a schedule, and the digest of the policy that leads it, where one does."""
 
@@ -45,10 +35,10 @@ class Results:
     """The runs of a comparison by setting, contender and learning rate."""
 
     def __init__(self, out: Path) -> None:
-        self.runs: dict[Setting, dict[Contender, dict[float, list[Row]]]] = {}
+        self.runs: dict[Cell, dict[Contender, dict[float, list[Row]]]] = {}
         names: dict[str, str | None] = {}
         for (trial, digest), row in read(out / RUNS, key).items():
-            contenders = self.runs.setdefault(Setting(trial.task, trial.optimizer, trial.steps), {})
+            contenders = self.runs.setdefault(Cell(trial.task, trial.optimizer, trial.steps), {})
             contenders.setdefault(Contender(trial.schedule, digest), defaultdict(list))[trial.lr_factor].append(row)
             if digest is not None:
                 names[digest] = row.get("policy_name") or names.get(digest)
@@ -74,11 +64,11 @@ class Results:
         """The contenders of this kind, one for each policy."""
         return [Contender(schedule, digest) for digest in self.names]
 
-    def log_loss(self, setting: Setting, contender: Contender, factor: float) -> float:
+    def log_loss(self, setting: Cell, contender: Contender, factor: float) -> float:
         """Mean over the seeds of the final log validation loss, as runs count."""
         return float(np.mean([counted(row) for row in self.runs[setting][contender][factor]]))
 
-    def best(self, setting: Setting, contender: Contender) -> float:
+    def best(self, setting: Cell, contender: Contender) -> float:
         """The learning rate, as a factor on the default, with the lowest mean log loss."""
         return min(self.runs[setting][contender], key=lambda factor: self.log_loss(setting, contender, factor))
 
@@ -162,14 +152,14 @@ def report(out: Path) -> str:
     return publish(out, table(results), plot(results))
 
 
-def _cell(results: Results, setting: Setting, contender: Contender, factor: float) -> str:
+def _cell(results: Results, setting: Cell, contender: Contender, factor: float) -> str:
     values = [counted(row) for row in results.runs[setting].get(contender, {}).get(factor, [])]
     if not values:
         return "–"
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}"
 
 
-def _best_cell(results: Results, setting: Setting, contender: Contender) -> str:
+def _best_cell(results: Results, setting: Cell, contender: Contender) -> str:
     if contender not in results.runs[setting]:
         return "–"
     best = results.best(setting, contender)

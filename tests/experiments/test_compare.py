@@ -18,7 +18,7 @@ from rlsched import SchedulePolicy
 from rlsched.control import CONTROL_NAMES, CONTROLS, EARLY, moved_by
 from rlsched.envs import FAMILIES, InnerTask
 from rlsched.experiments.compare import run as compare_run
-from rlsched.experiments.compare.analysis import FIRST, WORST, Contender, Results, Setting, counted, report, table
+from rlsched.experiments.compare.analysis import FIRST, WORST, Cell, Contender, Results, counted, report, table
 from rlsched.experiments.compare.run import (
     OPTIMIZERS,
     POLICY,
@@ -116,7 +116,7 @@ def test_another_policy_is_a_row_of_its_own(tmp_path):
     baselines = [line for line in alone.splitlines() if "best of" in line]
     compare(plan, other, tmp_path, "runs/mine/policy.safetensors")
     compare(plan, lively_policy(3), tmp_path)
-    text, results, setting = report(tmp_path), Results(tmp_path), Setting("digits", "sgd", 6)
+    text, results, setting = report(tmp_path), Results(tmp_path), Cell("digits", "sgd", 6)
     assert [line for line in text.splitlines() if "best of" in line] == baselines
     labels = [
         f"zero, {ZERO.digest[:8]}",
@@ -141,10 +141,10 @@ def test_diverged_run_counts_as_the_untrained_network(tmp_path):
     compare(plan, ZERO, tmp_path)
     results = Results(tmp_path)
     for task in plan.inner_tasks:
-        (row,) = results.runs[Setting(task, "sgd", 30)][CONSTANT][1e6]
+        (row,) = results.runs[Cell(task, "sgd", 30)][CONSTANT][1e6]
         assert not row["log_loss"] <= row[FIRST]
-        assert results.log_loss(Setting(task, "sgd", 30), CONSTANT, 1e6) == row[FIRST]
-    assert results.log_loss(Setting("digits", "sgd", 30), CONSTANT, 1e6) == pytest.approx(math.log(math.log(10)), 0.1)
+        assert results.log_loss(Cell(task, "sgd", 30), CONSTANT, 1e6) == row[FIRST]
+    assert results.log_loss(Cell("digits", "sgd", 30), CONSTANT, 1e6) == pytest.approx(math.log(math.log(10)), 0.1)
     assert "a run that diverged, or ended above the loss of its untrained network, counts as that." in table(results)
 
 
@@ -189,7 +189,7 @@ def test_replay_follows_the_mean_of_the_other_seeds(tmp_path):
     plan = Plan(optimizers=("sgd",), steps=(20,), seeds=3, policy_factors=(1.0,), sweep=(1.0,))
     policy = lively_policy()
     compare(plan, policy, tmp_path)
-    runs = Results(tmp_path).runs[Setting("digits", "sgd", 20)]
+    runs = Results(tmp_path).runs[Cell("digits", "sgd", 20)]
     led = [runs[Contender(schedule, policy.digest)][1.0] for schedule in (POLICY, REPLAY)]
     learned, replays = (np.array([states(row) for row in rows]) for rows in led)
     assert [row["run"]["seed"] for row in led[1]] == [0, 1, 2]
