@@ -37,7 +37,7 @@ def environment_options(policy: Policy) -> dict[str, Any]:
     }
 
 
-# Quantiles of the range of base learning rates, which has four to five decades: the upper three of them, by halves.
+# Quantiles of the range of base learning rates, four to five decades: the upper three, by about half of one.
 SWEEP = (0.35, 0.46, 0.57, 0.68, 0.78, 0.89, 1.0)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import trim_mean
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure, HParam, Logger, TensorBoardOutputFormat
@@ -204,21 +205,25 @@ def _progress_bar(config: TrainConfig, done: int) -> Any:
     )
 
 
-class _ClonesCallback(BaseCallback):
+class _Callback(BaseCallback):
+    """What has nothing to do at each step."""
+
+    model: PPO
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class _ClonesCallback(_Callback):
     """Takes off each advantage the mean over its set of clones, which are at the same decision of the same run.
 
     What is common to them is the luck of the draw. (The critic still learns of whole returns, from which a rollout that
     ends within a run is continued; rewards that were centred would leave it nothing to tell one clone from another.)
     """
 
-    model: PPO
-
     def __init__(self, clones: int) -> None:
         super().__init__()
         self.clones = clones
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_rollout_end(self) -> None:
         if self.clones > 1:
@@ -227,20 +232,15 @@ class _ClonesCallback(BaseCallback):
             sets -= sets.mean(-1, keepdims=True)
 
 
-class _AveragingCallback(BaseCallback):
+class _AveragingCallback(_Callback):
     """Keeps the running average of the actor over the updates, which is what is exported.
 
     Where the step size of PPO leaves an actor that wanders about, its average is better than the last one.
     """
 
-    model: PPO
-
     def __init__(self, half_life: float) -> None:
         super().__init__()
         self.half_life = half_life
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_training_start(self) -> None:
         self.updates = self.model._n_updates
@@ -255,19 +255,15 @@ class _AveragingCallback(BaseCallback):
         averaged = {name: old.lerp(now[name], weight) for name, old in (average or now).items()}
         setattr(self.model, AVERAGE, averaged)
 
-    def _on_training_end(self) -> None:
-        self._on_rollout_start()
+    _on_training_end = _on_rollout_start
 
 
-class _CheckpointCallback(BaseCallback):
+class _CheckpointCallback(_Callback):
     """Saves the model after every update, in one move: a kill leaves the last whole checkpoint."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_rollout_start(self) -> None:
         self.save()
@@ -281,10 +277,8 @@ class _CheckpointCallback(BaseCallback):
         write(self.path, content.getvalue())
 
 
-class _EvaluationCallback(BaseCallback):
+class _EvaluationCallback(_Callback):
     """Plays the same episodes every few updates and logs them beside the base schedule's."""
-
-    model: PPO
 
     def __init__(self, config: TrainConfig, bar: Any) -> None:
         super().__init__()
@@ -294,9 +288,6 @@ class _EvaluationCallback(BaseCallback):
         self.zero: Evaluation | None = None
         self.tuned: NDArray[np.float64] | None = None  # returns of the base schedule from the best base learning rate
         self.latest: Evaluation | None = None
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_rollout_start(self) -> None:
         if self.updates % self.config.eval_every == 0:
@@ -350,7 +341,7 @@ class _EvaluationCallback(BaseCallback):
             "median_gain": float(np.median(self.latest.returns - self.zero.returns)),
             "share_better": float((self.latest.returns > self.zero.returns).mean()),
             "diverged": float(self.latest.diverged.mean()),
-            "regret": _interquartile_mean(self.tuned - self.latest.returns),
+            "regret": float(trim_mean(self.tuned - self.latest.returns, 0.25)),
         }
 
     def regrets(self) -> dict[str, float]:
@@ -376,11 +367,6 @@ class _EvaluationCallback(BaseCallback):
         self.logger.dump(done)
         policy.info = {"training": {**hyperparameters, "timesteps_done": done}, "evaluation": scores}
         return policy
-
-
-def _interquartile_mean(values: NDArray[np.float64]) -> float:
-    quarter = len(values) // 4
-    return float(np.sort(values)[quarter : len(values) - quarter].mean())
 
 
 class _ProgressCallback(BaseCallback):

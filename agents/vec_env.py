@@ -11,10 +11,11 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, Vec
 
 
 class VectorEnvAdapter(VecEnv):
-    """A `VecEnv` over a Gymnasium vector environment that resets in the same step.
+    """A `VecEnv` over a vector environment of inner training runs that resets in the same step.
 
     Infos are empty but where an episode ended. There they hold the episode's last info, `terminal_observation`, and
-    `episode` with its return `r` and length `l`, from which Stable-Baselines3 logs `rollout/ep_rew_mean`.
+    `episode` with its return `r`, which is not scaled as rewards are, and length `l`, from which Stable-Baselines3 logs
+    `rollout/ep_rew_mean`.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -23,7 +24,6 @@ class VectorEnvAdapter(VecEnv):
             raise ValueError(f"env must reset with AutoresetMode.SAME_STEP, got {mode}")
         self.env = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
-        self._returns = np.zeros(env.num_envs)
         self._lengths = np.zeros(env.num_envs, int)
 
     def reset(self) -> VecEnvObs:
@@ -31,7 +31,7 @@ class VectorEnvAdapter(VecEnv):
         observations, _ = self.env.reset(seed=seeds)  # type: ignore[arg-type] # as Gymnasium's own, one seed per run
         self._reset_seeds()
         self.reset_infos = [{} for _ in range(self.num_envs)]
-        self._returns[:], self._lengths[:] = 0, 0
+        self._lengths[:] = 0
         return observations
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -40,7 +40,6 @@ class VectorEnvAdapter(VecEnv):
     def step_wait(self) -> VecEnvStepReturn:
         observations, rewards, terminated, truncated, infos = self.env.step(self._actions)
         done = terminated | truncated
-        self._returns += rewards
         self._lengths += 1
         listed: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for i in np.flatnonzero(done):
@@ -48,9 +47,8 @@ class VectorEnvAdapter(VecEnv):
             listed[i] = {key: value[i] for key, value in final.items() if not key.startswith("_")}
             listed[i]["terminal_observation"] = infos["final_obs"][i]
             listed[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
-            whole = final["return"][i] if "return" in final else self._returns[i]  # of the run, whatever is rewarded
-            listed[i]["episode"] = {"r": float(whole), "l": int(self._lengths[i])}
-        self._returns[done], self._lengths[done] = 0, 0
+            listed[i]["episode"] = {"r": float(final["return"][i]), "l": int(self._lengths[i])}
+        self._lengths[done] = 0
         return observations, rewards, done, listed
 
     def close(self) -> None:

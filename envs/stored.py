@@ -18,9 +18,11 @@ from torch.utils.data import Dataset, default_collate
 from rlsched.envs.draws import check_ranges, log_uniform
 from rlsched.envs.sources import Array, Points, standardised
 
-# Points in each of scikit-learn's bundled data sets.
 # Modules of Python whose source code is a text that every machine has.
-SOURCES = ("argparse", "ast", "configparser", "dataclasses", "datetime", "doctest", "inspect", "pathlib", "typing")
+SOURCE_MODULES = tuple(
+    ["argparse", "ast", "configparser", "dataclasses", "datetime", "doctest", "inspect", "pathlib", "typing"]
+)
+# Points in each of scikit-learn's bundled data sets.
 BUNDLED: Mapping[str, int] = {"breast_cancer": 569, "diabetes": 442, "digits": 1797, "iris": 150, "wine": 178}
 
 
@@ -133,7 +135,7 @@ def bundled(name: str, *, points: tuple[int, int] | None = None, validation_poin
 
 
 class SourceCode(Stored):
-    """Source code of Python's own modules (`SOURCES`), of the version that runs, for language models of characters.
+    """Source code of `SOURCE_MODULES`, of the Python that runs, for language models of characters.
 
     Points are `count` pieces of it, (length,) int64, at equal distances; they are their own targets. Characters are
     numbers from 0, the most frequent first; the last one stands for all that are rarer. It is read when it is first
@@ -174,7 +176,7 @@ def _read_source_code(length: int, symbols: int, count: int) -> Tensor:
     Raises:
         FileNotFoundError: this Python has come without its source code.
     """
-    sources = [spec.origin for spec in map(find_spec, SOURCES) if spec is not None and spec.has_location]
+    sources = [spec.origin for spec in map(find_spec, SOURCE_MODULES) if spec is not None and spec.has_location]
     text = "".join(Path(str(origin)).read_text(encoding="utf-8") for origin in sources)
     frequent = [character for character, _ in Counter(text).most_common(symbols - 1)]
     numbers = {character: i for i, character in enumerate(frequent)}

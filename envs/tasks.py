@@ -27,7 +27,7 @@ class TrainingSetup(NamedTuple):
     """How one episode trains, in the terms of torch.optim."""
 
     decisions: int  # as the run is told when it begins
-    last_decision: int  # as it is told after `told_after` decisions: with another length, it was extended or cut short
+    final_decisions: int  # as it is told after `told_after` decisions: others where it is extended or cut short
     told_after: int
     optimizer: str  # a key of OPTIMIZERS
     lr: float
@@ -119,7 +119,7 @@ class SetupDistribution:
             last = max(told_after + 1, round(decisions * log_uniform(rng, *self.length_change)))
         return TrainingSetup(
             decisions=decisions,
-            last_decision=last,
+            final_decisions=last,
             told_after=told_after,
             optimizer=optimizer,
             lr=lr,

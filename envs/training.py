@@ -60,7 +60,7 @@ class Settings(NamedTuple):
     """What stays fixed in an episode, each (networks,); float32, except for the integers."""
 
     total_steps: Tensor
-    last_step: Tensor  # what total_steps becomes after `told_after` decisions
+    final_steps: Tensor  # what total_steps becomes after `told_after` decisions
     told_after: Tensor
     optimizer: Tensor  # its number, see `optimizers.NUMBERS`, int64
     adaptive: Tensor  # +1 for optimizers that divide by a second moment, −1 for SGD
@@ -161,7 +161,7 @@ class InnerTraining:
         traits = [OPTIMIZERS[s.optimizer].traits for s in setups]
         drawn: dict[str, list[Any]] = {
             "total_steps": [1 + s.decisions * self.task.interval for s in setups],  # the first is on its own
-            "last_step": [1 + s.last_decision * self.task.interval for s in setups],
+            "final_steps": [1 + s.final_decisions * self.task.interval for s in setups],
             "optimizer": [NUMBERS[s.optimizer] for s in setups],
             "adaptive": [1 if of.adaptive else -1 for of in traits],
             "sums_gradients": [of.sums_gradients for of in traits],
@@ -182,7 +182,7 @@ class InnerTraining:
         """Give the runs whose turn it is, after so many `decisions` (networks,), their last length."""
         settings = self.settings
         settings.total_steps[:] = torch.where(
-            decisions == settings.told_after, settings.last_step, settings.total_steps
+            decisions == settings.told_after, settings.final_steps, settings.total_steps
         )
 
     def group(self, slots: Slots = ALL) -> dict[str, Tensor]:
