@@ -29,7 +29,8 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"between {self.low:g} and {self.high:.12g}"
+            low = f"above {self.low:g} and at most" if self.open else f"between {self.low:g} and"
+            return f"{low} {self.high:.12g}"
         if not self.open:
             return f"at least {self.low:g}"
         return "positive and finite" if self.low == 0 else f"finite and above {self.low:g}"
@@ -151,5 +152,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 45,
         "eval_episodes": 92,
     },
-    "demo": {"tasks": "small", "num_envs": 256, "n_steps": 64, "timesteps": 400_000, "eval_every": 8},
+    "demo": {
+        "tasks": "small",
+        "num_envs": 256,
+        "n_steps": 64,
+        "timesteps": 400_000,
+        "eval_every": 8,
+        "eval_episodes": 48,
+    },
 }
