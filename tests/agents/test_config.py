@@ -65,7 +65,7 @@ from rlsched.agents import PRESETS, TrainConfig
         ({"clones": 0}, "clones"),
         ({"clones": 3}, "clones"),
         ({"num_envs": 8, "clones": 8, "n_steps": 2048, "processes": 2}, "processes"),
-        ({"safe_start": 0.0}, "safe_start must be above 0 and at most 1"),
+        ({"safe_start": 0.0}, "safe_start"),
         ({"safe_start": 1.5}, "safe_start"),
         ({"averaging": -1.0}, "averaging"),
     ],
