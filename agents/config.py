@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_type_hints
 
-from rlsched.actors import ACTIVATIONS, ACTORS, checked_widths
+from rlsched.actors import ACTIVATIONS, ACTORS, Perceptron, checked_widths
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.envs.mixtures import mixture
@@ -82,6 +82,7 @@ class TrainConfig:
     target_kl: float = option(0.03, "an update stops when the policy has moved 1.5 times as far", POSITIVE)
     log_std_init: float = option(-0.7, "initial log standard deviation of the actions", Range(-20, 2))
     averaging: float = option(0.0, "half-life of the running average of the actor, in updates; 0 for none", Range(0))
+    privileged_critic: bool = option(False, "the critic is told what the actor is not: the task, its return so far")
     actor: str = option("perceptron", f"kind of network that decides: {', '.join(ACTORS)}")
     hidden: tuple[int, ...] = option((64, 64), "widths of the actor's layers, and of the critic's")
     activation: str = option("tanh", "between the layers: tanh or relu")
@@ -109,6 +110,8 @@ class TrainConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
+        if self.privileged_critic and self.actor != Perceptron.name:
+            raise ValueError(f"actor must be {Perceptron.name!r} for a privileged_critic, got {self.actor!r}")
         rollout = self.num_envs * self.n_steps
         if self.batch_size > rollout:
             raise ValueError(f"batch_size must be at most num_envs × n_steps = {rollout}, got {self.batch_size}")
@@ -141,16 +144,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "broad": {
         "tasks": "broad",
-        "num_envs": 736,  # eight sets for each of 23 families
+        "num_envs": 800,  # eight sets for each of 25 families
         "clones": 4,
         "safe_start": 0.3,
-        "timesteps": 2_000_000,
-        "batch_size": 2944,
-        "n_epochs": 8,
-        "learning_rate": 1e-3,
+        "timesteps": 3_000_000,
+        "batch_size": 3200,
+        "n_epochs": 12,
+        "learning_rate": 1.5e-3,
         "averaging": 10.0,
-        "eval_every": 45,
-        "eval_episodes": 92,
+        "privileged_critic": True,
+        "hidden": (128, 128),
+        "eval_every": 60,
+        "eval_episodes": 100,
     },
     "demo": {
         "tasks": "small",

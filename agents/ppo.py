@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from rlsched.actors import ACTORS
 from rlsched.agents.config import TrainConfig
+from rlsched.agents.critic import Privileged, PrivilegedCriticPolicy
 from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, tuned
 from rlsched.agents.export import AVERAGE, CHECKPOINT, DOMAIN, INTERFACE, actor_weights, export, interface_of, learner
 from rlsched.agents.figures import episode_paths
@@ -72,7 +73,9 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         _check_hyperparameters(run_dir, config)  # which another process may have written by now
         seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule", "safe_start")}
         options = {"reward": config.reward, "trust": config.trust, "compile": config.compile, **seen}
-        env = VectorEnvAdapter(_vector_env(config, config.num_envs, clones=config.clones, **options))
+        tasks = len(mixture(config.tasks))
+        privileged = Privileged(config.num_envs, config.clones, tasks) if config.privileged_critic else None
+        env = VectorEnvAdapter(_vector_env(config, config.num_envs, clones=config.clones, **options), privileged)
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
@@ -148,8 +151,11 @@ def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> Schedulin
 
 def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
     kind = ACTORS[config.actor]
+    policy_options = {**kind.policy_options(config.hidden, config.activation), "log_std_init": config.log_std_init}
+    if config.privileged_critic:
+        policy_options["seen"] = len(config.observations)
     model = learner(config.actor)(
-        kind.policy,
+        PrivilegedCriticPolicy if config.privileged_critic else kind.policy,
         env,
         learning_rate=_learning_rate(config),
         n_steps=config.n_steps,
@@ -159,7 +165,7 @@ def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
         gae_lambda=config.gae_lambda,
         ent_coef=0.0,
         target_kl=config.target_kl,
-        policy_kwargs={**kind.policy_options(config.hidden, config.activation), "log_std_init": config.log_std_init},
+        policy_kwargs=policy_options,
         seed=config.seed,
         device="cpu",
     )

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv, VecEnvObs, VecEnvStepReturn
+
+from rlsched.agents.critic import Privileged
 
 
 class VectorEnvAdapter(VecEnv):
@@ -16,23 +19,32 @@ class VectorEnvAdapter(VecEnv):
     Infos are empty but where an episode ended. There they hold the episode's last info, `terminal_observation`, and
     `episode` with its return `r`, which is not scaled as rewards are, and length `l`, from which Stable-Baselines3 logs
     `rollout/ep_rew_mean`.
+
+    Args:
+        env: the vector environment.
+        privileged: what is to follow the observations, for the critic's eyes.
     """
 
-    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+    def __init__(self, env: VectorEnv[Any, Any, Any], privileged: Privileged | None = None) -> None:
         mode = env.metadata.get("autoreset_mode")
         if mode != AutoresetMode.SAME_STEP:
             raise ValueError(f"env must reset with AutoresetMode.SAME_STEP, got {mode}")
-        self.env = env
-        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self.env, self.privileged = env, privileged
+        space = env.single_observation_space
+        if privileged is not None:
+            assert isinstance(space, Box)
+            more = np.full(privileged.size, np.inf, np.float32)
+            space = Box(np.concatenate([space.low, -more]), np.concatenate([space.high, more]))
+        super().__init__(env.num_envs, space, env.single_action_space)
         self._lengths = np.zeros(env.num_envs, int)
 
     def reset(self) -> VecEnvObs:
         seeds: Sequence[int | None] | None = self._seeds if any(s is not None for s in self._seeds) else None
-        observations, _ = self.env.reset(seed=seeds)  # type: ignore[arg-type] # as Gymnasium's own, one seed per run
+        observations, infos = self.env.reset(seed=seeds)  # type: ignore[arg-type] # as Gymnasium's own, one seed per run
         self._reset_seeds()
         self.reset_infos = [{} for _ in range(self.num_envs)]
         self._lengths[:] = 0
-        return observations
+        return self._seen(observations, infos)
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -42,14 +54,21 @@ class VectorEnvAdapter(VecEnv):
         done = terminated | truncated
         self._lengths += 1
         listed: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
-        for i in np.flatnonzero(done):
+        if done.any():
             final = infos["final_info"]
+            last = np.array([observations[i] if row is None else row for i, row in enumerate(infos["final_obs"])])
+            finals = self._seen(last, final)
+        for i in np.flatnonzero(done):
             listed[i] = {key: value[i] for key, value in final.items() if not key.startswith("_")}
-            listed[i]["terminal_observation"] = infos["final_obs"][i]
+            listed[i]["terminal_observation"] = finals[i]
             listed[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
             listed[i]["episode"] = {"r": float(final["return"][i]), "l": int(self._lengths[i])}
         self._lengths[done] = 0
-        return observations, rewards, done, listed
+        return self._seen(observations, infos), rewards, done, listed
+
+    def _seen(self, observations: np.ndarray, infos: dict[str, Any]) -> np.ndarray:
+        """The observations, and what the critic is told beside them."""
+        return observations if self.privileged is None else np.concatenate([observations, self.privileged.of(infos)], 1)
 
     def close(self) -> None:
         self.env.close()

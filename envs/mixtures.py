@@ -50,24 +50,34 @@ _every = SetupDistribution(
     no_momentum=0.25,
     clipping=0.2,
     other_length=0.1,
+    no_validation=0.3,
 )
 # Language models are often trained without momentum, at high learning rates that a clip keeps in check.
 _language = replace(_every, no_momentum=0.4, clipping=0.4)
+
+# Users have few points as often as many: a network may see each of them once in a run, or two hundred times.
+_points = (192, 8192)
 
 FAMILIES: dict[str, InnerTask] = {
     "quadratic": InnerTask(
         partial(NoisyQuadratic, 32), Noise(), quadratic_loss, (4, 32), setup=_every, reward_scale=1.2
     ),
-    "mlp": classifier(TeacherStudent(inputs=24), (32, 32), batch_size=(4, 32), setup=_every, reward_scale=0.7),
-    "mlp-deep": classifier(TeacherStudent(inputs=16, classes=5), (24, 24, 24), activation="gelu", setup=_every),
-    "mlp-wide": classifier(Prototypes(inputs=64, classes=10), (48, 48), interval=4, setup=_every),
-    "mlp-tanh": classifier(Prototypes(inputs=24), (32, 32), activation="tanh", interval=5, setup=_every),
+    "mlp": classifier(TeacherStudent(_points, inputs=24), (32, 32), batch_size=(4, 32), setup=_every, reward_scale=0.7),
+    "mlp-deep": classifier(
+        TeacherStudent(_points, inputs=16, classes=5), (24, 24, 24), activation="gelu", setup=_every
+    ),
+    "mlp-wide": classifier(
+        Prototypes(_points, inputs=64, classes=10), (48, 48), interval=4, validation_interval=8, setup=_every
+    ),
+    "mlp-tanh": classifier(
+        Prototypes(_points, inputs=24), (32, 32), activation="tanh", interval=5, validation_interval=5, setup=_every
+    ),
     "mlp-layer-norm": classifier(
         Prototypes(inputs=40, classes=10), (48, 24), layer_norm=True, batch_size=24, interval=16, setup=_every
     ),
-    "mlp-dropout": classifier(Prototypes(inputs=32, classes=10), (48, 48), dropout=0.4, setup=_every),
+    "mlp-dropout": classifier(Prototypes(_points, inputs=32, classes=10), (48, 48), dropout=0.4, setup=_every),
     "mlp-rescaled": classifier(
-        TeacherStudent(inputs=20, classes=6),
+        TeacherStudent(_points, inputs=20, classes=6),
         (32, 32),
         rescaled=True,
         batch_size=(4, 32),
@@ -79,6 +89,14 @@ FAMILIES: dict[str, InnerTask] = {
     ),
     "mlp-by-heart": classifier(
         TeacherStudent(points=(64, 512), inputs=24), (64, 64), batch_size=(4, 16), interval=12, setup=_every
+    ),
+    "mlp-few-points": classifier(
+        Prototypes((64, 512), inputs=16, classes=3, separation=(1.5, 5.0)),
+        (96,),
+        batch_size=(8, 16),
+        interval=6,
+        setup=_every,
+        reward_scale=1.5,
     ),
     "digits": digits((48, 32), points=(128, 1437), batch_size=(8, 32), interval=12, setup=_every, reward_scale=2),
     "regression": InnerTask(
@@ -116,7 +134,13 @@ FAMILIES: dict[str, InnerTask] = {
         reward_scale=2,
     ),
     "conv": InnerTask(
-        partial(ConvNet, 1, 8, (8, 16), 8), Images(), batch_size=16, interval=6, setup=_every, reward_scale=2
+        partial(ConvNet, 1, 8, (8, 16), 8),
+        Images((192, 2048)),
+        batch_size=16,
+        interval=6,
+        validation_interval=3,
+        setup=_every,
+        reward_scale=2,
     ),
     "conv-batch-norm": InnerTask(
         partial(ConvNet, 3, 8, (8, 16), 8, batch_norm=True),
@@ -128,6 +152,14 @@ FAMILIES: dict[str, InnerTask] = {
     ),
     "recurrent": language_model(
         Recurrent, Markov(tokens=8, length=10), batch_size=8, interval=6, setup=_language, reward_scale=0.3
+    ),
+    "recurrent-many-tokens": language_model(
+        Recurrent,
+        Markov(tokens=160, length=10, concentration=(0.01, 0.1)),
+        batch_size=8,
+        interval=6,
+        setup=_language,
+        reward_scale=0.4,
     ),
     "recurrent-source-code": language_model(
         Recurrent,

@@ -73,6 +73,7 @@ class Recorded:
         try:
             with seeded(0, copies[0].device):
                 graph = make_fx(flat)(*copies)
+                graph(*copies)  # some operations are recorded that cannot be called, an LSTM's among them
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"inner steps cannot be recorded, which is slower. The reason: {reason}", stacklevel=2)
