@@ -17,7 +17,7 @@ demo: $(STAMP) ## train a small policy and compare it with other schedules
 	$(BIN)/rlsched compare --policy runs/demo/policy.safetensors --tasks digits --out runs/demo/compare
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(STAMP) ## check style and types
 	$(BIN)/ruff check .

@@ -153,6 +153,7 @@ RANGES = {
     "guard.noise": (0.0, math.inf),
     "guard.lost": COUNTED,
     "guard.idle": COUNTED,
+    "guard.overfit": (-1, 2**62),
     "guard.restored_at": (-1, 2**62),
     "guard.interventions.step": COUNTED,
     "windows.start": COUNTED,

@@ -110,6 +110,7 @@ class Controller(TrainingRun):
             optimizer,
             self.meter,
             on_divergence=None if given.shadow else given.on_divergence,
+            undo_overfitting=given.undo_overfitting,
             snapshots=given.snapshots,
             model=given.model,
             max_update_ratio=given.max_update_ratio,
@@ -183,7 +184,7 @@ class Controller(TrainingRun):
         if state.step == 0 and (state.probing or self.guard.keeps_snapshots):
             self.guard.take_snapshot(self.states)
         elif self._has_resumed and not state.probing and self.guard.snapshot is None:
-            self.guard.consider_snapshot(self.run, self.states, whole_loss)
+            self.guard.consider_snapshot(self.run, self.states, whole_loss, self.validation)
         self._has_resumed = False
         if not self.options.shadow:
             self._set_hyperparameters()
@@ -252,11 +253,11 @@ class Controller(TrainingRun):
         if guard.moves_lr:
             whose = [f"group {name}: " for name in groups.names] if self.options.per_group else [""]
             states = list(map(guard.bound_lr, states, before, summaries, whose))
-        states, filled, diverges = guard.answer_divergence(run, states, before, window, summary)
+        states, filled, diverges = guard.answer_divergence(run, states, before, window, summary, self.validation)
         if "momentum" in self._written:
             groups.rescale_buffers(run, filled, states)
         if not diverges:
-            guard.consider_snapshot(run, states, loss)
+            guard.consider_snapshot(run, states, loss, self.validation)
         self.states = states
         self._open_window(run.interval)
         base_lrs = [groups.lr_of_base_schedule(i, self._decay()) for i in range(len(states))]

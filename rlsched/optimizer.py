@@ -122,6 +122,9 @@ class ScheduledOptimizer(Optimizer):
             "cut": the same without a snapshot, which leaves weights as the divergence has left them. "raise":
             `DivergenceError`. None: nothing. A loss that is as high at the weights of the snapshot is a change of the
             data, and accepted.
+        undo_overfitting: go back as well where the network learns its data by heart: where two validations in a row
+            (`observe_validation`) are far above the lowest, by a factor of two at the start of a run, and by less and
+            less, 2 % at its end. No snapshot is taken while the last one is 2 % above. With "rollback" alone.
         snapshots: what "rollback" keeps: "full", a copy of weights and optimizer state beside them; "host", the same in
             host memory; "weights", a copy of the weights alone, and the optimizer's state begins anew.
         model: whose buffers (those of batch norm, for example) are part of a snapshot. An optimizer does not know them:

@@ -35,6 +35,7 @@ class CallbackOptions(TypedDict, total=False):
     max_grad_norm: float | None
     follow_scheduler: bool
     on_divergence: str | None
+    undo_overfitting: bool
     snapshots: str
     model: Module | None
     trust: float | None
@@ -70,6 +71,7 @@ class ScheduleOptions:
     max_grad_norm: float | None = None
     follow_scheduler: bool = False
     on_divergence: str | None = ROLLBACK
+    undo_overfitting: bool = True
     snapshots: str = FULL
     model: Module | None = None
     trust: float | None = None
@@ -107,8 +109,9 @@ class ScheduleOptions:
             raise TypeError(f"writer must be a SummaryWriter, which has add_scalar, got {type(self.writer).__name__}")
         if self.shadow and self.follow_scheduler:
             raise ValueError("follow_scheduler: in shadow mode nothing is set, and so nothing can follow")
-        if not isinstance(self.per_group, bool):
-            raise TypeError(f"per_group must be True or False, got {self.per_group!r}")
+        for name in ("per_group", "undo_overfitting"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         chosen = checked_names("controls", self.controls, CONTROLS)
         object.__setattr__(self, "controls", tuple(name for name in CONTROL_NAMES if name in chosen))
         if not isinstance(self.policy, str | Path | Policy):

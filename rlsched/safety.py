@@ -21,7 +21,18 @@ from rlsched.signals import Run
 from rlsched.snapshots import FULL, WEIGHTS, Snapshot
 from rlsched.summary import Summary
 from rlsched.tensorboard import RunLog
-from rlsched.verdict import NOISE, RISE, Alarm, GuardState, Intervention, distance, judge_loss
+from rlsched.validation import Validation
+from rlsched.verdict import (
+    NOISE,
+    RISE,
+    Alarm,
+    GuardState,
+    Intervention,
+    distance,
+    is_above_best,
+    judge_loss,
+    judge_validation,
+)
 
 LOGGER = logging.getLogger("rlsched")
 
@@ -50,12 +61,13 @@ class Guard:
     the lowest that it was, and has lost half of all that was gained since the run began; or if it has lost that much
     for a tenth of the run, or for a third of that if it is worse than untrained. It idles if for a twentieth of the run
     nothing was gained at all, at learning rates of more than twice those of the base schedule, by steps that ought to
-    have gained something to first order.
+    have gained something to first order. It learns its data by heart if its validation loss is far above its lowest.
 
     Args:
         optimizer: whose weights and state snapshots are of.
         meter: whose running average of the gradient norm is part of them.
         on_divergence: of `ON_DIVERGENCE`.
+        undo_overfitting: whether a run that learns its data by heart is rolled back, if one that diverges is.
         snapshots: of `SNAPSHOTS`.
         model: whose buffers are part of them.
         max_update_ratio: of the norm of updates over that of the weights.
@@ -74,11 +86,13 @@ class Guard:
         moves_lr: bool,
         log: RunLog,
         acts: bool = True,
+        undo_overfitting: bool = True,
         snapshots: str = FULL,
         model: Module | None = None,
     ) -> None:
         self.optimizer, self.meter = optimizer, meter
         self.on_divergence = on_divergence
+        self.undo_overfitting = undo_overfitting
         self.snapshots, self.model = snapshots, model
         self.max_update_ratio = max_update_ratio
         self.moves_lr, self.acts = moves_lr, acts
@@ -153,7 +167,13 @@ class Guard:
     # --- Divergence -------------------------------------------------------------------------------------------------
 
     def answer_divergence(
-        self, run: Run, states: States, before: States, window: Moments, summary: Summary
+        self,
+        run: Run,
+        states: States,
+        before: States,
+        window: Moments,
+        summary: Summary,
+        validation: Validation,
     ) -> tuple[States, States, bool]:
         """Look at a window, and do what is to be done: with all groups, as they have one loss.
 
@@ -161,6 +181,7 @@ class Guard:
             states: after the decision.
             before: before it.
             window, summary: what was measured; the summary is that of the whole network.
+            validation: the validation losses so far.
 
         Returns:
             The states to go on with; those under which the optimizer's buffers were filled; whether the run diverges.
@@ -168,7 +189,11 @@ class Guard:
         Raises:
             DivergenceError: the run diverges, and that was asked for.
         """
-        step, alarm = states[0].step, self.alarm(run, max(before, key=distance), window, summary)
+        step, highest = states[0].step, max(before, key=distance)
+        alarm = self.alarm(run, highest, window, summary)
+        if self.undo_overfitting and self.keeps_snapshots:
+            self.state, overfits = judge_validation(self.state, run, highest, validation)
+            alarm = alarm or overfits
         if alarm is None:
             self._note_nonfinite(states[0], window)
             if self.is_well():
@@ -181,6 +206,7 @@ class Guard:
             then = self.snapshot.schedule
             states, filled = self.roll_back(states), [*then, *before[len(then) :]]
             answer.append("rolled back")
+        self.state = self.state._replace(overfit=-1)
         if self.on_divergence is not None and self.moves_lr:
             states = [self._cut(*each, alarm) for each in zip(states, before, strict=True)]
             answer.append("lr back to that of the base schedule" if alarm.is_idle else "lr cut to a tenth")
@@ -241,12 +267,18 @@ class Guard:
         bad = state.nonfinite or state.idle or state.on_trial
         return not bad and (unknown or state.average <= state.lowest + NOISE * state.noise)
 
-    def consider_snapshot(self, run: Run, states: States, loss: Number | None) -> None:
+    def consider_snapshot(self, run: Run, states: States, loss: Number | None, validation: Validation) -> None:
         """Take a snapshot at a decision if it is due, and the run well; `loss` is at the weights as they are."""
-        if self.keeps_snapshots:
-            is_due = self.snapshot is None or (states[0].step // run.interval) % SNAPSHOT_INTERVAL == 0
-            if is_due and self.is_well() and self._is_no_worse(0.0 if loss is None else float(loss)):
-                self.take_snapshot(states)
+        if not self.keeps_snapshots:
+            return
+        then = -1 if self.snapshot is None else self.snapshot.schedule[0].step
+        is_due = then < 0 or (states[0].step // run.interval) % SNAPSHOT_INTERVAL == 0
+        is_well = self.is_well() and self._is_no_worse(0.0 if loss is None else float(loss))
+        if self.undo_overfitting and validation.best_step > 0:
+            is_well &= not is_above_best(validation)
+            is_due, is_well = is_due or validation.best_step > then, is_well or validation.best_step > then
+        if is_due and is_well:
+            self.take_snapshot(states)
 
     def _is_no_worse(self, loss: float) -> bool:
         return math.isfinite(loss) and (
@@ -269,6 +301,7 @@ class Guard:
         restored = [state._replace(history=old.history, memory=old.memory) for state, old in pairs]
         return [*restored, *states[len(restored) :]]
 
-    def may_go_back(self, state: ScheduleState) -> bool:
+    def may_go_back(self, state: ScheduleState, validation: Validation) -> bool:
         """Whether the run may have to go back before there is another snapshot."""
-        return bool(state.probing) or (self.keeps_snapshots and not self.is_well())
+        is_well = self.is_well() and not (self.undo_overfitting and is_above_best(validation))
+        return bool(state.probing) or (self.keeps_snapshots and not is_well)

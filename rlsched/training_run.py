@@ -266,7 +266,8 @@ class TrainingRun(ABC):
 
     def saved_snapshot(self) -> Snapshot | None:
         """The snapshot, if it belongs to the state."""
-        return self.guard.snapshot if self.guard.may_go_back(self.state) and not self.meter.is_sharded else None
+        may_go_back = self.guard.may_go_back(self.state, self.validation)
+        return self.guard.snapshot if may_go_back and not self.meter.is_sharded else None
 
     def packed(self, snapshot: Snapshot | None, exponents: Sequence[int] = ()) -> dict[str, bytes]:
         """The state with this snapshot, beside momentum buffers that are scaled by these powers of two."""

@@ -10,6 +10,7 @@ from rlsched.number import Number
 from rlsched.schedule import ScheduleState
 from rlsched.signals import FAST, Run
 from rlsched.summary import Summary
+from rlsched.validation import Validation
 
 RISE = math.log(3)  # of the average loss over its lowest
 NOISE = 3.0  # a loss is above another by so many times the noise, or it is the same
@@ -17,6 +18,9 @@ NOISE_WEIGHT = 0.1  # of a new window in the running average of the noise
 PATIENCE = 0.1  # of the windows of a run: for so long may a loss that was gained be lost, or nothing be gained
 LEAST_PATIENCE = 3  # windows
 FAR_ABOVE = math.log(2)  # the base schedule's learning rate, to gain nothing
+OVERFIT = math.log(2)  # of the validation loss over its lowest; less as the run ends, when nothing is to follow
+LEAST_OVERFIT = 0.02
+TIMES_OVERFIT = 2  # validations in a row, of which each shows it
 PROMISE = math.log(0.1)  # of the loss, which the gradients of a window have to promise, lest the steps are too small
 
 
@@ -44,6 +48,7 @@ class GuardState(NamedTuple):
     noise: float = 0.0  # running average of how far the log loss of a window is from the running average
     lost: int = 0  # windows in a row in which half of what was gained is lost
     idle: int = 0  # windows in a row far above the base schedule, and nothing gained
+    overfit: int = 0  # validations in a row whose loss was far above the lowest; −1: since that was answered
     restored_at: int = -1  # inner step whose gradients are of weights that were taken back
     on_trial: bool = False  # whether weights were brought back, and no loss of theirs has been seen
     interventions: tuple[Intervention, ...] = ()
@@ -99,6 +104,31 @@ def judge_loss(was: GuardState, run: Run, before: ScheduleState, window: Summary
         times = f"{math.exp(factor):.2g} times that of the base schedule"
         return after.anew(average), Alarm(f"the loss is where it began, at an lr of {times}", is_idle=True)
     return after, None
+
+
+def judge_validation(
+    was: GuardState, run: Run, before: ScheduleState, validation: Validation
+) -> tuple[GuardState, Alarm | None]:
+    """What is known after a window, under the state `before`, of whether the network learns its data by heart.
+
+    How far the validation loss is above its lowest is the "generalization loss" of Prechelt (1998, "Early Stopping –
+    But When?"). In the course of a run it may come down again as the learning rate does; at the end it stays.
+    """
+    if not validation.step > before.window_start:  # nothing new
+        return was, None
+    allowed = LEAST_OVERFIT + OVERFIT * (1 - before.step / run.total_steps)
+    if not is_above_best(validation, allowed):
+        return was._replace(overfit=0), None
+    state = was if was.overfit < 0 else was._replace(overfit=was.overfit + 1)
+    if state.overfit < TIMES_OVERFIT:
+        return state, None
+    reason = f"the validation loss has risen from {validation.best:.3g} to {validation.loss:.3g}"
+    return state, Alarm(reason)
+
+
+def is_above_best(validation: Validation, allowed: float = LEAST_OVERFIT) -> bool:
+    """Whether the last validation loss is more e-folds above the lowest than is allowed; not if there was none."""
+    return validation.best > 0 and not validation.loss <= validation.best * math.exp(allowed)
 
 
 def distance(state: ScheduleState) -> Number:

@@ -29,7 +29,7 @@ def test_episode_is_well_formed(task):
                 assert targets.dtype == torch.int64 and outputs.shape[0] == len(targets)
                 classes = outputs.shape[-1]
                 assert targets.min() >= 0 and targets.max() < classes
-                assert len(targets) < 500 or len(targets.unique()) == classes
+                assert len(targets) < 500 or len(targets.unique()) > classes / 2, "a teacher may give a label to none"
             elif task.loss is nn.functional.mse_loss:
                 assert outputs.shape == targets.shape, "or it would be broadcast"
             loss = task.loss(outputs, targets)
