@@ -123,8 +123,8 @@ only if somebody listens.
 In TensorBoard, *Custom Scalars* has their charts in the order to read them in, and *Text* has this table, and what was
 done to keep the run alive, as `{INTERVENTION}`; validation losses come when they are reported, as
 `{VALIDATION_LOSS}`. A writer shows one layout: if you have one of your own, add both,
-`{{**mine, **rlsched.tensorboard.LAYOUT}}`. The writers of Lightning's `TensorBoardLogger` and of Transformers get charts and
-text as well.
+`{{**mine, **rlsched.tensorboard.LAYOUT}}`. The writers of Lightning's `TensorBoardLogger` and of Transformers get
+charts and text as well.
 
 With `per_group=True` the figures of a group have its name behind their own, `rlsched/lr/head`; the loss, gradients and
 interventions are the run's. In shadow mode `rlsched/` has what is in use, which is yours, and `rlsched_policy/` what is

@@ -240,5 +240,5 @@ def _trust(policy: Policy, observation: Tensor) -> tuple[float, float]:
 
 def figure_table(figures: Iterable[Figure]) -> str:
     """Figures as a Markdown table, sorted as loggers sort them, for documentation."""
-    rows = sorted(f"| `{figure.name}` | {figure.meaning} |" for figure in figures)
+    rows = [f"| `{f.name}` | {f.meaning} |" for f in sorted(figures, key=lambda figure: figure.name)]
     return "\n".join(["| figure | what it is |", "|---|---|", *rows])
