@@ -165,7 +165,7 @@ def test_unknown_is_left_out():
 
 
 def test_nobody_pays_for_figures_that_nobody_hears(monkeypatch):
-    """Of a small network's steps they would take a tenth of the time."""
+    """Decisions of small networks would take longer for nothing."""
     monkeypatch.setattr(controller, "figures_of", lambda *_: 1 / 0)
     model = network()
     it = attach(torch.optim.SGD(model.parameters(), 0.1), total_steps=STEPS, decisions=5, policy=lively_policy())

@@ -135,14 +135,14 @@ class ScheduleCallback(Callback):
     def _log_to(self, trainer: Trainer) -> None:
         """Have the Trainer's loggers told of decisions, at once: `log_dict` would drop them between its own steps."""
         assert self.controller is not None
-        boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        board = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
         def tell(_: int, figures: Mapping[str, float]) -> None:
             for logger in trainer.loggers:
-                if loggers.lent is None or logger.experiment is not loggers.lent:
+                if logger is not board or loggers.lent is None:
                     logger.log_metrics(dict(figures), step=trainer.global_step)
 
-        loggers = self._loggers = Loggers(self.controller.log, tell, boards[0] if boards else None)
+        loggers = self._loggers = Loggers(self.controller.log, tell, None if board is None else board.experiment)
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state; a `ScheduledOptimizer` keeps another copy."""
