@@ -282,7 +282,7 @@ class InnerTraining:
             grad, grad_norm = grad * own[:, None], grad_norm * own
         coefficient = moments.clip_coefficient(grad_norm, average, c["clip"][:, 0])
         values = dict.fromkeys(Moments._fields, loss)
-        values |= {"grad_norm": grad_norm, "clipped": (coefficient < 1).float(), "grad_square": grad_norm.square()}
+        values |= {"grad_norm": grad_norm, "clip_coefficient": coefficient, "grad_square": grad_norm.square()}
         if measured:
             values |= {
                 "last_grad_square": last_square,

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from rlsched import distributed, per_group, schedule
 from rlsched.control import CONTROLS, LR
+from rlsched.figures import figures_of
 from rlsched.half_precision import HalfPrecision
 from rlsched.hyperparameters import ParameterGroups
 from rlsched.length import Length
@@ -52,7 +53,7 @@ class Controller(TrainingRun):
         optimizer: the optimizer that it drives.
         options: the arguments.
         policy: what decides, loaded.
-        log: what is written for TensorBoard, a `RunLog`.
+        log: who hears of it, a `RunLog`. Its `listeners` are called as `listener(step, figures)` at each decision.
         length: how long the run is, a `Length`.
         run: what is known of it before it starts, its length and that of its windows as they are now.
         states: where its schedule is: one `ScheduleState` for all parameter groups, or with `per_group` one for each;
@@ -263,7 +264,9 @@ class Controller(TrainingRun):
         base_lrs = [groups.lr_of_base_schedule(i, self._decay()) for i in range(len(states))]
         proposed = [{**groups.decided[i], LR.name: groups.lr(i, base_lr)} for i, base_lr in enumerate(base_lrs)]
         self.proposals = [{name: values[name] for name in self.policy.controls} for values in proposed]
-        self.log.decision(self, summary, decisions, base_lrs)
+        if self.log.is_heard:
+            told = figures_of(self, summaries, summary, decisions, base_lrs, self._written)
+            self.log.decision(self.step_count, told)
 
     def _open_window(self, length: int) -> None:
         self.meter.clear(self.run.interval)

@@ -150,15 +150,33 @@ class ParameterGroups:
                 LR.write(group, lr)
         self._lrs = [group["lr"] for group in groups]
 
+    def in_use(self, i: int, base_lr: float, written: Collection[str]) -> dict[str, float]:
+        """The hyperparameters of group i from a decision on, by control; NaN of what it does not have.
+
+        Args:
+            i: the group's number.
+            base_lr: learning rate of its base schedule.
+            written: controls whose values are set in the groups.
+        """
+        group, values = self.optimizer.param_groups[i], self.decided[i]
+        own = {**base_values(_without_dimensions(group)), LR.name: float(group["lr"])}
+        if self.watches:
+            return own
+        return {**own, **{name: values[name] for name in written}, LR.name: self.lr(i, base_lr), "clip": self.clip}
+
+    def law(self, i: int, momentum: float) -> float:
+        """By which a learning rate at this momentum is multiplied, to be that of the same updates at the base one."""
+        base, sums = self.bases[i]["momentum"], self.traits.sums_gradients
+        is_known = 0 < base < 1 and momentum < 1
+        return float(growth(momentum, sums) / growth(base, sums)) if is_known else 1.0
+
     def states_in_use(self, i: int, state: ScheduleState, decay: float) -> dict[str, float]:
         """The control states that the hyperparameters in use amount to, in group i, beside a schedule."""
-        group, base, sums = self.optimizer.param_groups[i], self.bases[i], self.traits.sums_gradients
+        group, base = self.optimizer.param_groups[i], self.bases[i]
         used = base_values(_without_dimensions(group))
         movable = [name for name, control in CONTROLS.items() if control.can_move(base[name])]
         states = {**state.base, **{name: CONTROLS[name].state(base[name], used[name]) for name in movable}}
-        lr = float(group["lr"])
-        if 0 < base["momentum"] < 1 and used["momentum"] < 1:
-            lr *= growth(used["momentum"], sums) / growth(base["momentum"], sums)
+        lr = float(group["lr"]) * self.law(i, used["momentum"])
         return {**states, LR.name: LR.state(base[LR.name] * decay, lr)}
 
     def rescale_buffers(self, run: Run, old: Sequence[ScheduleState], new: Sequence[ScheduleState]) -> None:

@@ -235,6 +235,10 @@ class Meter:
             torch._foreach_mul_(grads, coefficient)
         return coefficient
 
+    def threshold(self, multiple: float) -> float:
+        """What the norm of the next gradient is clipped to, at so many times its running average; NaN if it is not."""
+        return math.nan if self.watches else min(multiple * float(self.average_norm), self.max_grad_norm)
+
     def zero_nonfinite_grads(self, parameters: Sequence[Tensor]) -> None:
         """Zero all gradients unless they are finite: those of an evaluation in the midst of a step."""
         grads = self.local_grads(parameters)
@@ -252,7 +256,8 @@ class Meter:
         last = row_of(steps - 1, steps)
         assert last is not None
         first, *others = map(moments_of, self._whole_records()[: last + 1].cpu().split(COLUMNS, 1))
-        return [first, *(other._replace(loss=first.loss, clipped=first.clipped) for other in others)]
+        shared = {"loss": first.loss, "clip_coefficient": first.clip_coefficient}
+        return [first, *(other._replace(**shared) for other in others)]
 
     def clear(self, interval: int) -> None:
         """Begin a window of at most `interval` inner steps."""

@@ -28,7 +28,7 @@ class Moments(NamedTuple):
 
     loss: Series
     grad_norm: Series  # ‖g_t‖ of the whole network, before clipping
-    clipped: Series  # 1 where the gradient was clipped, else 0
+    clip_coefficient: Series  # factor in (0, 1] on the gradient, which is below 1 where it was clipped
     grad_square: Series  # ‖g_t‖², like all products of the network or of a sample of its parameters
     last_grad_square: Series  # ‖g_{t−1}‖²
     momentum_square: Series  # ‖m_{t−1}‖², 0 without momentum

@@ -138,8 +138,9 @@ class ScheduledOptimizer(Optimizer):
             weights (geometric mean of a window).
         shadow: look, propose and log, and do nothing: training is bit-equal to that without rlsched. The proposals
             are what the policy would make of the hyperparameters that are in use; see `Controller.proposal`.
-        log_dir: folder for a TensorBoard event file with what was seen and decided.
-        writer: a `SummaryWriter` to log to instead.
+        log_dir: folder for a TensorBoard event file with the figures of each decision, and a layout of their charts for
+            its Custom Scalars (`docs/figures.md`, which has other loggers too).
+        writer: a `SummaryWriter` to write the same to instead.
         patience: `should_stop` is True when so many validations in a row have brought no new best loss; None: never.
         keep_best: keep the weights of the best validation, for `best` and `restore_best`; as much memory as the
             weights, and as much more of a checkpoint.

@@ -17,6 +17,7 @@ from rlsched.number import checked_count
 from rlsched.policy import Policy, SchedulePolicy, checked_names
 from rlsched.safety import ON_DIVERGENCE, ROLLBACK
 from rlsched.snapshots import FULL, SNAPSHOTS
+from rlsched.tensorboard import NEEDED
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -105,8 +106,8 @@ class ScheduleOptions:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.model is not None and not isinstance(self.model, Module):
             raise TypeError(f"model must be a torch.nn.Module or None, got {type(self.model).__name__}")
-        if self.writer is not None and not hasattr(self.writer, "add_scalar"):
-            raise TypeError(f"writer must be a SummaryWriter, which has add_scalar, got {type(self.writer).__name__}")
+        if self.writer is not None and not all(hasattr(self.writer, name) for name in NEEDED):
+            raise TypeError(f"writer must be a SummaryWriter, with {NEEDED}, got {type(self.writer).__name__}")
         if self.shadow and self.follow_scheduler:
             raise ValueError("follow_scheduler: in shadow mode nothing is set, and so nothing can follow")
         for name in ("per_group", "undo_overfitting"):

@@ -17,7 +17,7 @@ SIZE = 2**12  # parameters in a sample, and at most one more of each tensor; a s
 
 # Rows of a sample: all but the last are taken before the step.
 ROWS = LAST_GRAD, MOMENTUM, GRAD, WEIGHTS, UPDATE = range(5)
-# Columns of a record, which is what is written down of an inner step. A clip coefficient is below 1 if it clipped.
+# Columns of a record, which is what is written down of an inner step.
 LOSS, GRAD_NORM, CLIP_COEFFICIENT = range(3)
 PRODUCTS_OF_ROWS = slice(3, 3 + len(ROWS) ** 2)  # of each row with each
 COLUMNS = PRODUCTS_OF_ROWS.stop
@@ -221,7 +221,6 @@ def moments_of(records: Tensor) -> Moments:
     """The moments of a window, each (steps,) floats, from its records (steps, columns); NaN where not finite."""
     rows = [row if abs(row[GRAD_NORM]) < math.inf else _UNKNOWN for row in records.tolist()]
     loss, grad_norm, coefficients = ([row[column] for row in rows] for column in (LOSS, GRAD_NORM, CLIP_COEFFICIENT))
-    clipped = [x if x != x else float(x < 1) for x in coefficients]
     products = ([row[column] for row in rows] for column in _COLUMNS)
-    series = [loss, grad_norm, clipped, *products]
+    series = [loss, grad_norm, coefficients, *products]
     return Moments(*(tuple(x) for x in series))

@@ -113,7 +113,7 @@ class Guard:
         if times <= PRINTED or times & (times - 1) == 0:
             repeated = f" ({times} times by now)" if times > PRINTED else ""
             LOGGER.log(level, "rlsched: step %d: %s%s", step, message, repeated)
-        self.log.text("rlsched/intervention", message, step)
+        self.log.intervention(message, step)
 
     # --- The probe --------------------------------------------------------------------------------------------------
 

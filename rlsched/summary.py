@@ -19,6 +19,7 @@ class Summary(NamedTuple):
     loss: Number  # mean log loss
     grad_norm: Number  # mean log gradient norm
     clipped: Number  # share of the inner steps
+    clip_coefficient: Number  # mean logarithm of the factor on the gradient
     grad_cosine: Number
     momentum_cosine: Number
     update_ratio: Number  # mean logarithm
@@ -42,7 +43,8 @@ def summarise(window: Moments) -> Summary:
     return Summary(
         loss=loss,
         grad_norm=grad_norm,
-        clipped=mean(window.clipped),
+        clipped=mean(each(lambda factor: (factor < 1) + 0 * factor, window.clip_coefficient)),  # NaN stays NaN
+        clip_coefficient=mean(each(log, window.clip_coefficient)),
         grad_cosine=mean(moments.grad_cosine(measured)),
         momentum_cosine=mean(moments.momentum_cosine(measured)),
         update_ratio=mean(each(lambda x: log(clamp(x, low=1e-12)), moments.update_ratio(measured))),
@@ -71,6 +73,7 @@ def whole(parts: Sequence[Summary]) -> Summary:
         loss_std=first.loss_std,
         loss_trend=first.loss_trend,
         clipped=first.clipped,
+        clip_coefficient=first.clip_coefficient,
         grad_norm=log(sum(x for x in squares if x == x)) / 2,
         predicted_decrease=log(sum(x for x in decreases if x == x)),
     )

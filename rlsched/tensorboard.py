@@ -1,48 +1,46 @@
-"""What a scheduled run writes for TensorBoard."""
+"""Who hears of a run: TensorBoard, and other listeners."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsched.control import CONTROLS
-from rlsched.number import exp
+from rlsched.figures import FIGURES, INTERVENTION, POLICY_CHARTS, VALIDATION_LOSS, figure_table
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from rlsched.controller import Controller
-    from rlsched.per_group import Decision
-    from rlsched.summary import Summary
+Listener = Callable[[int, Mapping[str, float]], Any]  # of a decision: inner steps done, and its figures
+NEEDED = ("add_scalar", "add_text", "add_custom_scalars", "flush")  # methods of a writer
 
-# Charts that belong together, for TensorBoard's Custom Scalars tab.
-LAYOUT = {
-    "rlsched": {
-        "loss": ["Multiline", ["rlsched/(validation_)?loss"]],
-        "learning rate at the base momentum, and that of the base schedule": [
-            "Multiline",
-            ["rlsched/(equivalent|base_schedule)_lr"],
-        ],
-        "learning rate": ["Multiline", ["rlsched/(proposed_)?lr"]],
-        **{name: ["Multiline", [f"rlsched/(proposed_)?{name}"]] for name in CONTROLS if name != "lr"},
-        "agreement of gradients": ["Multiline", ["observation/grad_cosine", "observation/momentum_cosine"]],
-        "size of updates": ["Multiline", ["observation/update_ratio", "observation/predicted_decrease"]],
-        "actions": ["Multiline", ["action/.*"]],
-        "influence of the policy": ["Multiline", ["rlsched/influence"]],
-    }
-}
+
+def _layout() -> dict[str, dict[str, list[Any]]]:
+    """The charts of figures for TensorBoard's Custom Scalars, in their order: first what became of the run."""
+    tags = {"loss": [VALIDATION_LOSS]}
+    for figure in FIGURES.values():
+        if figure.chart is not None:
+            tags.setdefault(figure.chart, []).append(figure.name)
+    # TensorBoard looks for these at the beginning of a tag. With `per_group`, a group's name comes behind it.
+    charts = {chart: ["Multiline", [f"{tag}(/.*)?$" for tag in of_chart]] for chart, of_chart in tags.items()}
+    policy = {chart: charts.pop(chart) for chart in POLICY_CHARTS}
+    return {"rlsched: the run": charts, "rlsched: the policy": policy}
+
+
+LAYOUT = _layout()
 
 
 class RunLog:
-    """Scalars at every decision: what the policy saw, what it decided, what the optimizer got.
-
-    The loss and the gradient norm are geometric means of the window.
+    """Tells of decisions, validations and interventions.
 
     Args:
         log_dir: folder of the event file; a writer is made for it, which needs the `tensorboard` package.
         writer: a `SummaryWriter` to write to instead.
+
+    Attributes:
+        writer: of TensorBoard, or None.
+        listeners: are called at each decision; neither copied nor pickled, like the writer.
     """
 
     def __init__(self, log_dir: str | Path | None = None, writer: SummaryWriter | None = None) -> None:
@@ -54,51 +52,41 @@ class RunLog:
             except ImportError as error:
                 raise ImportError("log_dir needs TensorBoard: pip install 'rlsched[tensorboard]'") from error
             writer = SummaryWriter(str(log_dir))
-            writer.add_custom_scalars(LAYOUT)
+        self.writer: SummaryWriter | None = None
+        self.listeners: list[Listener] = []
+        if writer is not None:
+            self.write_to(writer)
+
+    def write_to(self, writer: SummaryWriter) -> None:
+        """Write to this from now on: first of all how its charts are to be laid out, and what they show."""
         self.writer = writer
+        writer.add_custom_scalars(LAYOUT)
+        writer.add_text("rlsched/figures", figure_table(FIGURES.values()))
 
-    def decision(
-        self, run: Controller, window: Summary, decisions: Sequence[Decision], base_lrs: Sequence[float]
-    ) -> None:
-        """Write what was seen in a window, and what was decided for the next. Of several groups, each by its name.
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody wants figures."""
+        return self.writer is not None or bool(self.listeners)
 
-        Args:
-            run: the controller, after the decision.
-            window: what was measured.
-            decisions: of each group, or of all; what the policy saw, and its actions.
-            base_lrs: learning rates of the base schedule, of the same groups.
-        """
-        if self.writer is None:
-            return
-        proposed = "proposed_" if run.options.shadow else ""
-        scalars = {"rlsched/loss": exp(window.loss), "rlsched/grad_norm": exp(window.grad_norm)}
-        names = [f"/{name}" for name in run.groups.names] if run.options.per_group else [""]
-        for i, (name, (observation, actions, _), base_lr) in enumerate(zip(names, decisions, base_lrs, strict=True)):
-            seen = zip(run.policy.observations, observation.tolist(), strict=True)
-            own = {f"observation/{entry}": value for entry, value in seen}
-            own |= {f"action/{control}": value for control, value in actions.items()}
-            own |= {f"rlsched/{proposed}{control}": value for control, value in run.proposals[i].items()}
-            own |= {"rlsched/base_schedule_lr": base_lr, "rlsched/equivalent_lr": run.equivalent_lrs[i]}
-            if run.options.shadow:
-                own["rlsched/lr"] = float(run.optimizer.param_groups[i]["lr"])
-            if hasattr(run.policy, "influence"):
-                own["rlsched/influence"] = float(run.policy.influence(observation))
-            scalars |= {f"{tag}{name}": value for tag, value in own.items()}
-        for tag, value in scalars.items():
-            if math.isfinite(value):
-                self.writer.add_scalar(tag, value, run.step_count)
+    def decision(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures of a decision, after so many inner steps."""
+        if self.writer is not None:
+            for name, value in figures.items():
+                self.writer.add_scalar(name, value, step)
+        for listener in self.listeners:
+            listener(step, figures)
 
     def validation(self, loss: float, step: int) -> None:
         if self.writer is not None and math.isfinite(loss):
-            self.writer.add_scalar("rlsched/validation_loss", loss, step)
+            self.writer.add_scalar(VALIDATION_LOSS, loss, step)
 
-    def text(self, tag: str, text: str, step: int) -> None:
+    def intervention(self, message: str, step: int) -> None:
         if self.writer is not None:
-            self.writer.add_text(tag, text, step)
+            self.writer.add_text(INTERVENTION, message, step)
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.flush()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"writer": None}  # an open file is neither copied nor pickled
+        return {"writer": None, "listeners": []}  # an open file is neither copied nor pickled

@@ -31,7 +31,7 @@ COMMANDS = re.findall(
 LINK = re.compile(r"\]\((?!http)([^)# ]*)(?:#([^) ]+))?(?: \".*?\")?\)")
 
 
-@pytest.mark.parametrize("name", ["spec.md", "tasks.md"])
+@pytest.mark.parametrize("name", ["spec.md", "tasks.md", "figures.md"])
 def test_page_is_the_one_that_the_code_generates(name):
     """A table that somebody forgot to generate again would describe observations or tasks that are not there."""
     page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"][name]()

@@ -21,7 +21,7 @@ def measured(grad, last=None, momentum=None, before=None, after=None, loss=1.0):
         one, other = next((a, b) for a in rows for b in rows if name in (f"{a}_{b}", f"{a}_square" if a == b else None))
         products[name] = (rows[one] * rows[other]).sum(-1)
     whole = torch.linalg.vector_norm(grad, dim=-1)
-    return Moments(torch.as_tensor(loss).expand(whole.shape), whole, torch.zeros_like(whole), **products)
+    return Moments(torch.as_tensor(loss).expand(whole.shape), whole, torch.ones_like(whole), **products)
 
 
 def test_cosine_is_that_of_the_angle():

@@ -54,7 +54,7 @@ def test_small_network_is_measured_as_the_environment_measures():
             "grad_update": grad @ update,
             "update_weights": update @ before,
         }
-        each = Moments(torch.tensor(loss), grad.norm(), torch.tensor(float(step == 4)), **products)
+        each = Moments(torch.tensor(loss), grad.norm(), torch.tensor(0.5 if step == 4 else 1.0), **products)
         expected.append(each if finite else Moments(*[torch.tensor(math.nan)] * len(each)))
         last = grad
     measured = moments_of(torch.stack(records))
@@ -91,7 +91,7 @@ def test_sample_stands_for_the_whole_network(monkeypatch, memory_format):
     assert 1500 < sampled.meter.last_grads[0].numel() <= 2**11 + 6
     one, other = moments_of(whole.meter.records), moments_of(sampled.meter.records)
     derived = (moments.grad_cosine, moments.momentum_cosine, moments.update_ratio, moments.predicted_decrease)
-    plain = [(name, getattr(one, name), getattr(other, name)) for name in ("loss", "grad_norm", "clipped")]
+    plain = [(name, getattr(one, name), getattr(other, name)) for name in ("loss", "grad_norm", "clip_coefficient")]
     for name, *both in [*plain, *((f.__name__, f(one), f(other)) for f in derived)]:
         measured, expected = map(torch.tensor, reversed(both))
         atol = 0.08 if "cosine" in name else 1e-6

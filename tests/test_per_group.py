@@ -12,6 +12,7 @@ from torch import nn
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach, gradients, hyperparameters, meter
 from rlsched.actors import Recurrent
 from rlsched.control import CONTROL_NAMES, LR
+from rlsched.figures import FIGURES
 from rlsched.moments import Moments
 from rlsched.signals import OBSERVATION_NAMES
 from rlsched.summary import summarise, whole
@@ -418,29 +419,19 @@ def test_state_of_other_groups_is_refused():
 # --- What a user sees, and what is refused --------------------------------------------------------------------------
 
 
-def test_each_group_has_its_charts(tmp_path):
+def test_each_group_has_its_figures():
     """Nobody could see which group does what."""
-
-    class Writer:
-        def __init__(self):
-            self.tags = set()
-
-        def add_scalar(self, tag, value, step):
-            self.tags.add(tag)
-
-        def add_text(self, *_):
-            pass
-
-        def flush(self):
-            pass
-
-    model, writer = network(), Writer()
+    model, told = network(), []
     inner = torch.optim.AdamW(groups_of(model, name="head"), 0.01)
-    optimizer = ScheduledOptimizer(inner, policy=lively_policy(), writer=writer, **OPTIONS)
+    optimizer = ScheduledOptimizer(inner, policy=lively_policy(), **OPTIONS)
+    optimizer.controller.log.listeners.append(lambda step, figures: told.append(figures))
     train(model, optimizer, range(STEPS))
-    for tag in ("rlsched/lr", "rlsched/equivalent_lr", "observation/update_ratio", "action/lr"):
-        assert {f"{tag}/0", f"{tag}/head"} <= writer.tags and tag not in writer.tags
-    assert "rlsched/loss" in writer.tags
+    for name in ("rlsched/lr", "rlsched/update_ratio", "rlsched_seen/update_ratio", "rlsched_policy/proposed_momentum"):
+        assert {f"{name}/0", f"{name}/head"} <= told[-1].keys() and name not in told[-1]
+    assert [told[-1][f"rlsched/lr/{group}"] for group in (0, "head")] == [
+        p["lr"] for p in optimizer.controller.proposals
+    ]
+    assert {name for name in told[-1] if name.count("/") == 1} == {n for n, figure in FIGURES.items() if figure.of_run}
     lrs = "/".join(f"{proposal['lr']:.4g}" for proposal in optimizer.controller.proposals)
     assert f"lr={lrs}" in repr(optimizer)
 

@@ -137,7 +137,7 @@ def test_gradient_norm_is_compared_with_the_first_window():
 
 def test_controls_and_family_are_seen():
     """A policy that does not know where its controls stand cannot keep them there."""
-    seen = observe(window(clipped=[0.0, 1.0, 1.0, 1.0]))
+    seen = observe(window(clip_coefficient=[1.0, 0.5, 0.5, 0.1]))
     assert seen["clip_fraction"] == approximately(0.75)
     assert seen["lr"] == approximately(0.5 / 5)
     assert seen["momentum"] == approximately(1.3 - 1)
@@ -425,7 +425,7 @@ def drawn_window(seed, loss_scale=1.0, sample=1.0):
     return Moments(
         loss=tuple((loss_scale * (1 + torch.rand(8, generator=generator, dtype=torch.float64)) / (1 + seed)).tolist()),
         grad_norm=tuple(grad.norm(dim=1).tolist()),
-        clipped=(0.0, 1.0) * 4,
+        clip_coefficient=(1.0, 0.5) * 4,
         **{
             name: tuple(products(*pair))
             for name, pair in {

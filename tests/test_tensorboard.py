@@ -11,8 +11,7 @@ import torch
 from helpers import lively_policy, network, train
 
 from rlsched import ScheduledOptimizer
-from rlsched.control import CONTROL_NAMES
-from rlsched.signals import OBSERVATION_NAMES
+from rlsched.figures import FIGURES
 from rlsched.tensorboard import LAYOUT
 
 pytest.importorskip("tensorboard")
@@ -39,28 +38,62 @@ def values(events, tag):
     return [event.value for event in events.Scalars(tag)]
 
 
-def test_every_observation_and_action_is_written_at_every_decision(tmp_path):
+def test_every_figure_is_written_at_every_decision(tmp_path):
     """A user who asks why the learning rate fell would look into an empty chart."""
     model = network()
     lrs = [lr for ((lr, _),) in train(model, scheduled(model, log_dir=tmp_path), range(STEPS))]
     events = read(tmp_path)
     tags = set(events.Tags()["scalars"])
-    assert {f"observation/{name}" for name in OBSERVATION_NAMES} | {f"action/{name}" for name in CONTROL_NAMES} <= tags
+    assert tags == set(FIGURES) - {"rlsched_policy/distance"}, "which only a policy has that knows where it was trained"
     for tag in tags:
         assert [event.step for event in events.Scalars(tag)] == DECISIONS, tag
     assert values(events, "rlsched/lr") == pytest.approx([lrs[step] for step in DECISIONS])
-    assert values(events, "rlsched/base_schedule_lr") == pytest.approx([0.1 * (1 - step / STEPS) for step in DECISIONS])
+    assert values(events, "rlsched/lr_base_schedule") == pytest.approx([0.1 * (1 - step / STEPS) for step in DECISIONS])
     assert all(math.isfinite(value) for tag in tags for value in values(events, tag))
 
 
-def test_charts_of_the_layout_have_their_scalars(tmp_path):
-    """A chart of a tag that was renamed stays empty without a word."""
+@pytest.mark.parametrize("per_group", [False, True])
+def test_charts_of_the_layout_have_their_scalars(tmp_path, per_group):
+    """A chart of a tag that was renamed stays empty without a word, and one whose name begins another's has both."""
     model = network()
-    train(model, scheduled(model, log_dir=tmp_path), range(STEPS))
+    optimizer = scheduled(model, log_dir=tmp_path, per_group=per_group)
+    train(model, optimizer, range(6))
+    optimizer.observe_validation(1.0)
+    optimizer.controller.log.close()
     tags = read(tmp_path).Tags()["scalars"]
-    charts = [tag for _, chart in LAYOUT["rlsched"].values() for tag in chart]
-    for chart in charts:
-        assert any(re.fullmatch(chart, tag) for tag in tags), chart
+    found = []
+    for _, patterns in (chart for category in LAYOUT.values() for chart in category.values()):
+        for pattern in patterns:
+            matching = [tag for tag in tags if re.match(pattern, tag)]
+            assert len(matching) == 1 or "distance" in pattern, pattern
+            found += matching
+    assert len(set(found)) == len(found), "two charts of one figure"
+    assert {tag for tag in tags if tag.startswith("rlsched/")} <= set(found), "what a run is about is in no chart"
+
+
+def test_folder_and_writer_get_the_same(tmp_path):
+    """Who has a writer already would get a heap of tags without charts, and no word about what they are."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    ways = {"folder": {"log_dir": tmp_path / "folder"}, "writer": {"writer": SummaryWriter(str(tmp_path / "writer"))}}
+    for options in ways.values():
+        model = network()
+        train(model, scheduled(model, **options), range(STEPS))
+    ways["writer"]["writer"].close()
+    one, other = (read(tmp_path / name) for name in ways)
+    assert one.Tags() == other.Tags()
+    layout = "custom_scalars__config__"
+    assert one.Tensors(layout)[0].tensor_proto == other.Tensors(layout)[0].tensor_proto
+    (card,) = one.Tensors("rlsched/figures/text_summary")
+    text = card.tensor_proto.string_val[0].decode()
+    assert [name for name in FIGURES if f"`{name}`" not in text] == []
+
+
+def test_first_page_is_about_the_run():
+    """Tags are sorted by name, and two dozen observations would come before the loss."""
+    groups = [name.partition("/")[0] for name in sorted(FIGURES)]
+    assert list(dict.fromkeys(groups)) == ["rlsched", "rlsched_gradients", "rlsched_policy", "rlsched_seen"]
+    assert groups.count("rlsched") <= 12, "which TensorBoard shows of a group at once"
 
 
 def test_users_own_writer_is_used_and_left_open(tmp_path):
@@ -72,7 +105,7 @@ def test_users_own_writer_is_used_and_left_open(tmp_path):
         train(model, scheduled(model, writer=writer), range(STEPS))
         writer.add_scalar("mine", 1.0, 99)
     tags = read(tmp_path).Tags()["scalars"]
-    assert "mine" in tags and "action/lr" in tags
+    assert "mine" in tags and "rlsched/lr" in tags
 
 
 def test_finished_run_is_on_disk(tmp_path):
@@ -80,7 +113,7 @@ def test_finished_run_is_on_disk(tmp_path):
     model = network()
     optimizer = scheduled(model, log_dir=tmp_path)
     train(model, optimizer, range(STEPS))
-    assert [event.step for event in read(tmp_path).Scalars("action/lr")] == DECISIONS
+    assert [event.step for event in read(tmp_path).Scalars("rlsched/lr")] == DECISIONS
     del optimizer
 
 
@@ -114,13 +147,20 @@ def test_copy_does_not_write_into_the_originals_file(tmp_path):
     other_model, other = copy.deepcopy((model, optimizer))
     train(other_model, other, range(8, STEPS))
     train(model, optimizer, range(8, STEPS))
-    assert [event.step for event in read(tmp_path).Scalars("action/lr")] == DECISIONS
+    assert [event.step for event in read(tmp_path).Scalars("rlsched/lr")] == DECISIONS
 
 
 def test_folder_and_writer_exclude_each_other(tmp_path):
     """One of the two would be ignored."""
     with pytest.raises(ValueError, match="log_dir or writer, not both"):
-        scheduled(network(), log_dir=tmp_path, writer=SimpleNamespace(add_scalar=print))
+        writer = SimpleNamespace(add_scalar=print, add_text=print, add_custom_scalars=print, flush=print)
+        scheduled(network(), log_dir=tmp_path, writer=writer)
+
+
+def test_writer_that_is_none_is_refused():
+    """It would end a run at its first decision."""
+    with pytest.raises(TypeError, match=r"writer must be a SummaryWriter, with .*'add_custom_scalars'.*, got Simple"):
+        scheduled(network(), writer=SimpleNamespace(add_scalar=print))
 
 
 def test_missing_tensorboard_is_named_with_its_remedy(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -12,6 +12,11 @@ from torch.optim import Optimizer
 from rlsched.notices import warn
 from rlsched.optimizer import Controller, ScheduledOptimizer, attach
 from rlsched.options import ScheduleOptions
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    from rlsched.tensorboard import Listener, RunLog
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -45,6 +50,35 @@ def controller_of(optimizer: Optimizer, model: Module, total_steps: int, options
     if optimizer.controller.total_steps not in (None, total_steps):
         warn(f"total_steps={optimizer.controller.total_steps}, but training is going to take {total_steps} steps")
     return optimizer.controller
+
+
+class Loggers:
+    """A framework's loggers, which get the figures of each decision until they are closed.
+
+    A TensorBoard writer among them is the run's own meanwhile, if that has none: it gets charts and messages as well.
+
+    Args:
+        log: of the run.
+        tell: hands figures to the others.
+        writer: of the framework's logger for TensorBoard, if it has one.
+
+    Attributes:
+        lent: the writer, if it is the run's own or has become that, and needs not be told.
+    """
+
+    def __init__(self, log: RunLog, tell: Listener, writer: SummaryWriter | None) -> None:
+        self._log, self._tell = log, tell
+        self._is_lent = writer is not None and log.writer is None
+        if writer is not None and log.writer is None:
+            log.write_to(writer)
+        self.lent = writer if log.writer is writer else None
+        log.listeners.append(tell)
+
+    def close(self) -> None:
+        self._log.listeners.remove(self._tell)
+        if self._is_lent:
+            self._log.close()
+            self._log.writer = None
 
 
 class Monitor:

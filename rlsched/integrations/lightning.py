@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlsched.integrations.common import Monitor, check_options, controller_of
+from rlsched.integrations.common import Loggers, Monitor, check_options, controller_of
 from rlsched.notices import warn
 from rlsched.optimizer import Controller
 from rlsched.options import shows_options
 
 try:
     from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import TensorBoardLogger
 except ImportError:
     try:
         from pytorch_lightning import Callback
+        from pytorch_lightning.loggers import TensorBoardLogger
     except ImportError as error:
         raise ImportError("rlsched.integrations.lightning needs Lightning: pip install 'rlsched[lightning]'") from error
 
@@ -46,6 +48,8 @@ class ScheduleCallback(Callback):
     Checkpoints hold the schedule, and a run resumed from one is bit-equal to one that never stopped, if Lightning
     goes on with the same data: in the middle of an epoch it does so only with a DataLoader that has a state.
 
+    The Trainer's loggers get the figures of each decision (`docs/figures.md`), whatever `log_every_n_steps`.
+
     Args:
         monitor: name of the validation loss among the metrics that the module logs.
         options: as for `rlsched.attach`; none of them with a `ScheduledOptimizer`. `total_steps` is the Trainer's
@@ -68,6 +72,7 @@ class ScheduleCallback(Callback):
         self._restored: dict[str, Any] = {}
         self._losses: list[Tensor] = []  # of the batches since the last step
         self._hook: RemovableHandle | None = None
+        self._loggers: Loggers | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -89,6 +94,7 @@ class ScheduleCallback(Callback):
             )
         self._hook = optimizer.register_step_pre_hook(self._report)  # comes before the controller's own hook
         self.controller = controller_of(optimizer, pl_module, total_steps, self.options)
+        self._log_to(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.controller is not None
@@ -120,8 +126,23 @@ class ScheduleCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._hook is not None:
             self._hook.remove()
+        if self._loggers is not None:
+            self._loggers.close()
+            self._loggers = None
         if self.controller is not None:
             self.controller.detach()
+
+    def _log_to(self, trainer: Trainer) -> None:
+        """Have the Trainer's loggers told of decisions, at once: `log_dict` would drop them between its own steps."""
+        assert self.controller is not None
+        board = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+
+        def tell(_: int, figures: Mapping[str, float]) -> None:
+            for logger in trainer.loggers:
+                if logger is not board or loggers.lent is None:
+                    logger.log_metrics(dict(figures), step=trainer.global_step)
+
+        loggers = self._loggers = Loggers(self.controller.log, tell, None if board is None else board.experiment)
 
     def state_dict(self) -> dict[str, Any]:
         """The controller's state; a `ScheduledOptimizer` keeps another copy."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +13,22 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rlsched.checkpoint import STATE_KEY
 from rlsched.controller import Controller
-from rlsched.integrations.common import Monitor, check_options, controller_of
+from rlsched.integrations.common import Loggers, Monitor, check_options, controller_of
 from rlsched.notices import warn
 from rlsched.optimizer import ScheduledOptimizer
 from rlsched.options import shows_options
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import (
+        PrinterCallback,
+        ProgressCallback,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+    from transformers.trainer_callback import CallbackHandler
 except ImportError as error:
     raise ImportError(
         "rlsched.integrations.transformers needs Transformers: pip install 'rlsched[transformers]'"
@@ -47,6 +57,8 @@ class ScheduleCallback(TrainerCallback):
     "learning_rate" in its logs is the effective one. Checkpoints hold the schedule, and a run resumed from one is
     bit-equal to one that never stopped.
 
+    The Trainer's log history, and what it reports to, get the figures of each decision (`docs/figures.md`).
+
     The loss is the one that the model returns, as far as it is what the Trainer backpropagates. It is not with
     `compute_loss_func`, with a `compute_loss` of your own and with label smoothing: call `observe` there.
 
@@ -71,6 +83,7 @@ class ScheduleCallback(TrainerCallback):
         self._losses: list[Tensor] = []  # parts of the loss of the step to come
         self._last: RemovableHandle | None = None  # of the hook on the loss that was observed last
         self._handles: list[RemovableHandle] = []
+        self._loggers: Loggers | None = None
         self._warned = False
 
     def observe(self, loss: Tensor) -> None:
@@ -117,6 +130,7 @@ class ScheduleCallback(TrainerCallback):
             restored = inner.param_groups[0].pop(STATE_KEY, None)
             self._handles.append(inner.register_state_dict_post_hook(self._add_state))
         self.controller = controller_of(inner, model, state.max_steps, self.options)
+        self._log_to(_caller(), args, state, control, model=model, optimizer=optimizer, **kwargs)
         if restored is not None:
             self.controller.load_state_dict({STATE_KEY: restored})
         if state.global_step > 0 and self.controller.step_count == 0:
@@ -152,8 +166,37 @@ class ScheduleCallback(TrainerCallback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._loggers is not None:
+            self._loggers.close()
+            self._loggers = None
         if self.controller is not None:
             self.controller.detach()
+
+    def _log_to(
+        self,
+        handler: CallbackHandler | None,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Have the Trainer's history, and those that it reports to, told of decisions as of a log of its own.
+
+        Not by `Trainer.log`: that would print them, and take the place of the Trainer's own log of the same step.
+        """
+        assert self.controller is not None
+        others = [] if handler is None else handler.callbacks
+        writers = {id(cb): writer for cb in others if (writer := getattr(cb, "tb_writer", None)) is not None}
+
+        def tell(_: int, figures: Mapping[str, float]) -> None:
+            logs = {**figures, "epoch": state.epoch}
+            state.log_history.append({**logs, "step": state.global_step})
+            for other in others:
+                is_told = loggers.lent is not None and writers.get(id(other)) is loggers.lent
+                if not is_told and not isinstance(other, ProgressCallback | PrinterCallback):
+                    other.on_log(args, state, control, logs=dict(logs), **kwargs)
+
+        loggers = self._loggers = Loggers(self.controller.log, tell, next(iter(writers.values()), None))
 
     def _keep_lrs(self, optimizer: Optimizer, *_: Any) -> None:
         self._lrs = [float(group["lr"]) for group in optimizer.param_groups]
@@ -185,3 +228,14 @@ class ScheduleCallback(TrainerCallback):
                 )
             return args, kwargs
         return args, {**kwargs, "loss": torch.stack(losses).sum()}
+
+
+def _caller() -> CallbackHandler | None:
+    """Who calls a Trainer's callbacks, and knows the others; they themselves are not told."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None

@@ -1,6 +1,7 @@
 """ScheduleCallback in Lightning: real trainings, held against the same training in a plain loop."""
 
 import copy
+import csv
 import math
 import warnings
 
@@ -14,10 +15,12 @@ from rlsched import DivergenceError, ScheduledOptimizer
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
 from lightning.pytorch.loggers.logger import DummyLogger  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 from rlsched.control import CONTROL_NAMES  # noqa: E402
+from rlsched.figures import FIGURES  # noqa: E402
 from rlsched.integrations.lightning import ScheduleCallback  # noqa: E402
 
 BATCHES, EPOCHS = 10, 3
@@ -217,6 +220,39 @@ def test_learning_rate_monitor_shows_the_effective_learning_rate(wrapped):
     fit(module, callback, LearningRateMonitor("step"), logger=logger, log_every_n_steps=1)
     seen = [metrics["lr-AdamW"] for metrics in logger.seen if "lr-AdamW" in metrics]
     assert seen == pytest.approx([0.01, *module.lrs[:-1]])  # it looks before the step
+
+
+FIGURES_HERE = set(FIGURES) - {"rlsched_policy/distance"}  # which a policy without a domain has not
+DECISIONS = [1, 5, 9, 13, 17, 21, 25, 29]
+
+
+@BOTH
+def test_every_logger_gets_the_figures_of_every_decision(wrapped, tmp_path):
+    """Users of Weights & Biases, MLflow and CSV files would see the loss, and nothing of why the schedule did what."""
+    module, callback = both(wrapped)
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=99)
+    fit(module, callback, logger=logger, log_every_n_steps=7)
+    with open(f"{logger.log_dir}/metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["rlsched/lr"]]
+    assert [int(row["step"]) for row in rows] == DECISIONS
+    assert {name for name in rows[-1] if name.startswith("rlsched")} == FIGURES_HERE
+    assert [float(row["rlsched/lr"]) for row in rows] == [module.lrs[step] for step in DECISIONS]
+    assert callback.controller.log.listeners == []
+
+
+@BOTH
+def test_tensorboard_logger_gets_charts_and_messages_too(wrapped, tmp_path):
+    """TensorBoard would open with all charts in the order of the alphabet, or have them twice."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    module, callback = both(wrapped)
+    logger = TensorBoardLogger(tmp_path)
+    fit(module, callback, logger=logger)
+    events = accumulator.EventAccumulator(logger.log_dir)
+    events.Reload()
+    assert set(events.Tags()["scalars"]) >= FIGURES_HERE
+    assert [event.step for event in events.Scalars("rlsched/lr")] == DECISIONS
+    assert {"custom_scalars__config__", "rlsched/figures/text_summary"} <= set(events.Tags()["tensors"])
+    assert callback.controller.log.writer is None, "a second fit would write into the log of the first"
 
 
 def test_optimizer_is_plain_again_after_fit():

@@ -18,6 +18,7 @@ from transformers import BertForSequenceClassification as Sentences
 from transformers import BertForTokenClassification as Words
 
 from rlsched.control import CONTROL_NAMES
+from rlsched.figures import FIGURES
 from rlsched.integrations.transformers import ScheduleCallback
 from rlsched.signals import OBSERVATION_NAMES
 
@@ -305,6 +306,56 @@ def test_logs_show_the_effective_learning_rate(wrapped):
     assert [logs["loss"] for logs in it.state.log_history if "loss" in logs] == losses
 
 
+FIGURES_HERE = set(FIGURES) - {"rlsched_policy/distance"}  # which a policy without a domain has not
+DECISIONS = [1, 4, 7, 10, 13, 16, 19]
+
+
+class Reporter(TrainerCallback):
+    """Keeps what is logged, as that of Weights & Biases does."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, model, **kwargs):
+        self.logs.append((state.global_step, logs))
+
+
+@BOTH
+def test_figures_are_in_the_history_and_reported(wrapped, capsys):
+    """Users of Weights & Biases and MLflow would see the loss, and nothing of why the schedule did what.
+
+    Printed they would hide what the Trainer prints, and in its own log's place hide the loss.
+    """
+    net, schedule = model(), {} if wrapped else OPTIONS
+    callback, optimizer = ScheduleCallback(**schedule), scheduled(net.parameters()) if wrapped else None
+    it = trainer(net, callback, optimizer, logging_strategy="steps", logging_steps=1)
+    it.add_callback(reporter := Reporter())
+    it.train()
+    history = [logs for logs in it.state.log_history if "rlsched/lr" in logs]
+    assert [logs["step"] for logs in history] == DECISIONS
+    assert all(logs.keys() >= FIGURES_HERE for logs in history)
+    lrs = learning_rates(it)
+    assert len(lrs) == STEPS
+    assert [logs["rlsched/lr"] for logs in history] == [lrs[step] for step in DECISIONS]
+    reported = [(step, logs) for step, logs in reporter.logs if "rlsched/lr" in logs]
+    assert [{**logs, "step": step} for step, logs in reported] == history
+    assert "rlsched" not in capsys.readouterr().out
+    assert callback.controller.log.listeners == []
+
+
+def test_tensorboard_gets_charts_and_messages_too(tmp_path, monkeypatch):
+    """TensorBoard would open with all charts in the order of the alphabet, under names that no other log has."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    _, callback, _ = run(False, report_to="tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {tag for tag in events.Tags()["scalars"] if "rlsched" in tag} == FIGURES_HERE
+    assert [event.step for event in events.Scalars("rlsched/lr")] == DECISIONS
+    assert {"custom_scalars__config__", "rlsched/figures/text_summary"} <= set(events.Tags()["tensors"])
+    assert callback.controller.log.writer is None
+
+
 def test_total_steps_come_from_max_steps():
     """The learning rate would still be high when a run that is limited by steps ends."""
     _, callback, _ = run(False, max_steps=7)
@@ -342,7 +393,7 @@ def test_shadow_leaves_a_training_as_it_is(wrapped):
     alone.train()
     assert_same_weights(net, plain)
     for name in ("learning_rate", "loss", "grad_norm"):
-        seen, expected = ([logs.get(name) for logs in t.state.log_history] for t in (it, alone))
+        seen, expected = ([logs[name] for logs in t.state.log_history if name in logs] for t in (it, alone))
         assert seen == expected
     assert callback.controller.step_count == STEPS
     assert list(callback.controller.proposal) == list(CONTROL_NAMES)
