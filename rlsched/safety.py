@@ -206,7 +206,6 @@ class Guard:
             then = self.snapshot.schedule
             states, filled = self.roll_back(states), [*then, *before[len(then) :]]
             answer.append("rolled back")
-        self.state = self.state._replace(overfit=-1)
         if self.on_divergence is not None and self.moves_lr:
             states = [self._cut(*each, alarm) for each in zip(states, before, strict=True)]
             answer.append("lr back to that of the base schedule" if alarm.is_idle else "lr cut to a tenth")
@@ -295,8 +294,10 @@ class Guard:
         assert self.snapshot is not None
         self.snapshot.restore(self.optimizer)
         self.meter.average_norm = self.snapshot.average_norm
-        now, then = self.state, self.snapshot
-        self.state = then.guard._replace(interventions=now.interventions, restored_at=states[0].step, on_trial=True)
+        then, interventions = self.snapshot, self.state.interventions
+        self.state = then.guard._replace(
+            interventions=interventions, restored_at=states[0].step, on_trial=True, overfit=-1
+        )
         pairs = zip(states, then.schedule, strict=False)  # groups that came since then are as they are
         restored = [state._replace(history=old.history, memory=old.memory) for state, old in pairs]
         return [*restored, *states[len(restored) :]]

@@ -123,7 +123,7 @@ def judge_validation(
     if state.overfit < TIMES_OVERFIT:
         return state, None
     reason = f"the validation loss has risen from {validation.best:.3g} to {validation.loss:.3g}"
-    return state, Alarm(reason)
+    return state._replace(overfit=-1), Alarm(reason)
 
 
 def is_above_best(validation: Validation, allowed: float = LEAST_OVERFIT) -> bool:
