@@ -22,6 +22,7 @@ PANELS: Mapping[tuple[str, bool], Mapping[str, str]] = {
     ("momentum", False): {"momentum": "momentum"},
     ("loss", True): {"train_loss": "training", "validation_loss": "validation"},
 }
+KEPT = {"family", "optimizer", "inner_steps", "total_steps", "return"}.union(*PANELS.values())  # of the infos
 
 Array = NDArray[Any]
 Frame = Array | str
@@ -45,7 +46,7 @@ class Renderer:
         self._episodes: list[list[dict[str, Any]]] = [[] for _ in range(runs)]  # the infos of each decision
 
     def record(self, infos: Mapping[str, Array], new: Array, runs: Array | None = None) -> None:
-        """Keep the infos of a step.
+        """Keep what is drawn of the infos of a step.
 
         Args:
             infos: each (runs,).
@@ -55,7 +56,7 @@ class Renderer:
         for i in range(len(self._episodes)) if runs is None else np.flatnonzero(runs):
             if new[i]:
                 self._episodes[i] = []
-            self._episodes[i].append({key: values[i] for key, values in infos.items()})
+            self._episodes[i].append({key: infos[key][i] for key in KEPT})
 
     @property
     def empty(self) -> Array:

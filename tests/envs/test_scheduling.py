@@ -21,9 +21,10 @@ import rlsched.envs
 from rlsched import control, schedule
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES
-from rlsched.envs import FAMILIES, SchedulingEnv, SchedulingVectorEnv
+from rlsched.envs import FAMILIES, InnerTask, SchedulingEnv, SchedulingVectorEnv
+from rlsched.envs.groups import REWARDS
+from rlsched.envs.mixtures import mixture
 from rlsched.envs.optimizers import OPTIMIZERS
-from rlsched.envs.scheduling import REWARDS
 from rlsched.envs.sharding import Inline, ShardedVectorEnv
 from rlsched.envs.training import InnerTraining
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
@@ -105,12 +106,12 @@ def test_made_by_name(make_task):
     assert env.spec.id == rlsched.envs.ID
 
 
-def test_gymnasium_checks_the_environment(make_task, family):
+@pytest.mark.parametrize(("observations", "controls"), [(OBSERVATION_NAMES, CONTROL_NAMES), *SUBSETS])
+def test_gymnasium_checks_the_environment(make_task, observations, controls):
     """An environment that breaks Gymnasium's rules breaks the wrappers and algorithms built on them."""
-    gymnasium_check_env(SchedulingEnv([make_task(), family("conv-batch-norm")]), skip_render_check=True)
-    for observations, controls in SUBSETS:
-        env = SchedulingEnv([make_task()], observations=observations, controls=controls)
-        gymnasium_check_env(env, skip_render_check=True)
+    tasks = [make_task(), make_task(hidden=())]
+    env = gymnasium.make(rlsched.envs.ID, tasks=tasks, observations=observations, controls=controls)
+    gymnasium_check_env(env.unwrapped)
 
 
 def test_stable_baselines_checks_the_environment(make_task, family):
@@ -381,6 +382,103 @@ def test_autoreset_gives_the_end_and_the_new_start(make_task, play):
         np.testing.assert_array_equal(infos[key][~ended], values[~ended])
     listed = DictInfoToList(env)._convert_info_to_list(infos)
     assert ["final_info" in info for info in listed] == ended.tolist()
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_autoreset_is_gymnasiums_own(make_task, mode):
+    """A loop that is written for Gymnasium's environments must get of this one what it gets of those.
+
+    The reference is its `SyncVectorEnv` around single environments.
+    """
+    tasks, runs = [make_task(decisions=(2, 2)), make_task(decisions=(3, 3), hidden=())], 2
+    env = SchedulingVectorEnv(runs, tasks, autoreset_mode=mode)
+    makes = [partial(SchedulingEnv, [task.named(f"task {i}")]) for i, task in enumerate(tasks)]
+    sync = gymnasium.vector.SyncVectorEnv(makes, autoreset_mode=mode)
+    assert env.metadata["autoreset_mode"] is sync.metadata["autoreset_mode"]
+    seeds = [5, 6]
+    (first, _), (wanted, _) = env.reset(seed=seeds), sync.reset(seed=seeds)
+    np.testing.assert_allclose(first, wanted, **CLOSE)
+    compared = np.ones(runs, bool)  # later episodes are others: they are drawn in another order
+    for actions in np.random.default_rng(0).uniform(-1, 1, (6, *env.action_space.shape)).astype(np.float32):
+        one, other = env.step(actions), sync.step(actions)
+        ended = one[2]
+        begun = ended & (mode is AutoresetMode.SAME_STEP)
+        np.testing.assert_allclose(one[0][compared & ~begun], other[0][compared & ~begun], **CLOSE)
+        np.testing.assert_allclose(one[1][compared], other[1][compared], **CLOSE)
+        assert_ends_as(one, other)
+        compared &= ~ended | (mode is AutoresetMode.DISABLED)
+        if mode is AutoresetMode.DISABLED and ended.any():
+            seeds = [seed + 10 for seed in seeds]
+            (first, infos), (wanted, _) = (
+                each.reset(seed=seeds, options={"reset_mask": ended.copy()}) for each in (env, sync)
+            )
+            np.testing.assert_allclose(first, wanted, **CLOSE)
+            np.testing.assert_array_equal(infos["inner_steps"] == 1, ended)
+
+
+def assert_ends_as(one, other):
+    """Two vector environments returned the same ends of episodes, and tell them in the same way."""
+    np.testing.assert_array_equal(one[2], other[2])
+    np.testing.assert_array_equal(one[3], other[3])
+    infos, wanted = one[4], other[4]
+    assert infos.keys() >= {key for key in wanted if not key.startswith("_")}
+    assert ("final_info" in infos) == ("final_info" in wanted)
+    np.testing.assert_array_equal(infos["inner_steps"], wanted["inner_steps"])
+    np.testing.assert_array_equal(infos["family"], wanted["family"])
+    if "final_obs" in infos:
+        np.testing.assert_array_equal(infos["_final_obs"], wanted["_final_obs"])
+        for run in np.flatnonzero(infos["_final_obs"]):
+            assert infos["final_obs"][run].shape == wanted["final_obs"][run].shape
+            assert infos["final_info"]["total_steps"][run] == wanted["final_info"]["total_steps"][run]
+
+
+def test_next_step_begins_without_a_reward_and_whatever_the_action(make_task):
+    """A first reward of an action that nobody took would be credited to the last one of the old episode."""
+    task = make_task(decisions=(2, 2))
+    same, following = (SchedulingVectorEnv(3, task, autoreset_mode=mode) for mode in ("SameStep", "NextStep"))
+    same.reset(seed=4), following.reset(seed=4)
+    for _ in range(2):
+        last, *_, infos = same.step(zeros(3))
+        observations, _, ended, _, told = following.step(zeros(3))
+    assert ended.all()
+    np.testing.assert_array_equal(np.stack(infos["final_obs"]), observations)
+    np.testing.assert_array_equal(infos["final_info"]["return"], told["return"])
+    for actions in (zeros(3) + 1,):
+        observations, rewards, ended, _, told = following.step(actions)
+    assert not ended.any() and (rewards == 0).all() and "final_obs" not in told
+    np.testing.assert_array_equal(observations, last)
+    np.testing.assert_array_equal(told["inner_steps"], 1)
+
+
+def test_reset_mask_leaves_the_others_alone(make_task):
+    """A run that a reset of another one touched would go on in an episode that nobody played."""
+    task = make_task(decisions=(6, 6))
+    env, untouched = (SchedulingVectorEnv(4, task, clones=2, autoreset_mode="Disabled") for _ in range(2))
+    for each in (env, untouched):
+        each.reset(seed=1), each.step(zeros(4))
+    mask = np.array([True, True, False, False])
+    observations, infos = env.reset(seed=9, options={"reset_mask": mask})
+    np.testing.assert_array_equal(infos["inner_steps"], [1, 1, 5, 5])
+    np.testing.assert_array_equal(observations[:2], SchedulingVectorEnv(4, task, clones=2).reset(seed=9)[0][:2])
+    one, other = env.step(zeros(4)), untouched.step(zeros(4))
+    np.testing.assert_array_equal(one[0][2:], other[0][2:])
+    np.testing.assert_array_equal(one[1][2:], other[1][2:])
+
+
+def test_autoreset_that_cannot_be_is_refused(make_task):
+    """A mask that was not understood would begin other runs anew than those that are over."""
+    env = SchedulingVectorEnv(4, make_task(), clones=2)
+    for mask in ([True] * 4, np.ones(3, bool), np.ones(4)):
+        with pytest.raises(ValueError, match="reset_mask must be an array of 4 bools"):
+            env.reset(options={"reset_mask": mask})
+    with pytest.raises(ValueError, match="reset_mask must be the same for all 2 clones"):
+        env.reset(options={"reset_mask": np.array([True, False, False, False])})
+    with pytest.raises(ValueError, match=r"options may have a 'reset_mask', got \['mask'\]"):
+        env.reset(options={"mask": np.ones(4, bool)})
+    with pytest.raises(ValueError, match=r"autoreset_mode must be .* \['NextStep', 'SameStep', 'Disabled'\], got True"):
+        SchedulingVectorEnv(1, make_task(), autoreset_mode=True)
+    with pytest.raises(TypeError, match="autoreset_mode"):
+        SchedulingEnv(make_task(), autoreset_mode="NextStep")
 
 
 @pytest.mark.parametrize("reward", REWARDS)
@@ -850,3 +948,29 @@ def test_trust_is_part_of_the_environment(direction):
     np.testing.assert_allclose(infos["lr"] / first, 3.0**direction, rtol=1e-4)
     with pytest.raises(ValueError, match="trust must be a number above 1"):
         SchedulingVectorEnv(6, trust=1)
+
+
+def test_run_says_what_it_trains(make_task):
+    """A return that cannot be told by family and optimizer hides the one that a policy ruins."""
+    named = InnerTask(nn.Identity, (torch.zeros(9, 2), torch.zeros(9)), name="mine")
+    assert [task.name for task in mixture([make_task(), FAMILIES["conv"], named])] == ["task 0", "conv", "mine"]
+    tasks = [make_task(optimizers={"RMSprop": 1}), replace(FAMILIES["mlp"], setup=make_task(optimizers=EVERY).setup)]
+    env = SchedulingVectorEnv(12, tasks)
+    _, infos = env.reset(seed=0)
+    assert infos["family"].tolist() == ["task 0", "mlp"] * 6
+    assert set(infos["optimizer"][::2]) == {"RMSprop"} and set(infos["optimizer"][1::2]) <= set(OPTIMIZERS)
+    drawn = [tasks[1].setup.draw(np.random.default_rng(run), tasks[1].batch_sizes).optimizer for run in range(1, 12, 2)]
+    assert infos["optimizer"][1::2].tolist() == drawn and len(set(drawn)) > 1
+    _, info = SchedulingEnv(tasks[:1]).reset(seed=0)
+    assert (info["family"], info["optimizer"]) == ("task 0", "RMSprop")
+
+
+def test_tasks_without_a_run_are_named(make_task):
+    """A policy that was never trained on a part of its mixture would be thought to have seen it all."""
+    tasks = [make_task(), FAMILIES["conv"], make_task(hidden=())]
+    with pytest.warns(
+        UserWarning, match=r"num_envs: for 3 tasks there are 1 runs .*, and none of conv, task 2"
+    ) as said:
+        gymnasium.make_vec(rlsched.envs.ID, num_envs=4, tasks=tasks, clones=4)
+    assert [warning.filename for warning in said] == [__file__]
+    SchedulingEnv(tasks)
