@@ -24,7 +24,16 @@ from rlsched.actors import ACTORS
 from rlsched.agents.config import TrainConfig
 from rlsched.agents.critic import Privileged, PrivilegedCriticPolicy
 from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, tuned
-from rlsched.agents.export import AVERAGE, CHECKPOINT, DOMAIN, INTERFACE, actor_weights, export, interface_of, learner
+from rlsched.agents.exporting import (
+    AVERAGE,
+    CHECKPOINT,
+    DOMAIN,
+    INTERFACE,
+    actor_weights,
+    export,
+    interface_of,
+    learner,
+)
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.domain import Domain
