@@ -167,6 +167,19 @@ def test_installed_package_is_imported_from_where_it_is_installed(installed: dic
     assert all(Path(file).is_relative_to(unpacked) for file in installed["files"])
 
 
+def test_environment_is_made_without_an_import(unpacked: Path, tmp_path: Path) -> None:
+    """Who has only Gymnasium's name for it, from a configuration file, would be told that there is no such thing."""
+    code = """
+        import gymnasium
+        name = "rlsched.envs:rlsched/Scheduling-v0"
+        env = gymnasium.make(name, tasks="small", render_mode="ansi")
+        envs = gymnasium.make_vec(name, num_envs=8, tasks="small", vectorization_mode="vector_entry_point")
+        env.reset(seed=0)
+        print(env.render().partition(",")[0], len(envs.reset(seed=0)[0]))
+    """
+    assert run_python(code, cwd=tmp_path, path=unpacked) == "task 0 8\n"
+
+
 def test_clone_without_symbolic_links_imports(sdist: Path, tmp_path: Path) -> None:
     """On Windows git writes a link as a small text file, and rlsched.envs would not be found."""
     for folder in FOLDERS:
