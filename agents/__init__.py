@@ -1,19 +1,33 @@
-"""Training scheduling policies with PPO from Stable-Baselines3."""
+"""Training scheduling policies with Stable-Baselines3."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlsched.agents.config import PRESETS, TrainConfig
-    from rlsched.agents.evaluation import Evaluation, evaluate
+    from rlsched.agents.evaluation import Evaluation, environment_options, evaluate
+    from rlsched.agents.exporting import export
     from rlsched.agents.ppo import train
+    from rlsched.agents.vec_env import VectorEnvAdapter
 
-__all__ = ["PRESETS", "Evaluation", "TrainConfig", "evaluate", "train"]
+__all__ = [
+    "PRESETS",
+    "Evaluation",
+    "TrainConfig",
+    "VectorEnvAdapter",
+    "environment_options",
+    "evaluate",
+    "export",
+    "train",
+]
 
 _HOMES = {
     "PRESETS": "config",
     "TrainConfig": "config",
     "Evaluation": "evaluation",
+    "VectorEnvAdapter": "vec_env",
+    "environment_options": "evaluation",
     "evaluate": "evaluation",
+    "export": "exporting",
     "train": "ppo",
 }
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, get_type_hints
 from rlsched.actors import ACTIVATIONS, ACTORS, Perceptron, checked_widths
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES, CONTROLS
+from rlsched.envs.arguments import check_sets, some_names
+from rlsched.envs.groups import REWARDS
 from rlsched.envs.mixtures import mixture
-from rlsched.envs.scheduling import REWARDS, check_sets, some_names
 from rlsched.envs.training import usable_device
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlsched.envs import InnerTask, SchedulingVectorEnv
+from rlsched.envs.mixtures import mixture
 from rlsched.policy import Policy
 
 
@@ -20,7 +21,9 @@ class Evaluation(NamedTuple):
     returns: NDArray[np.float64]  # (episodes,): log(first / last validation loss), in [−2, 20]
     diverged: NDArray[np.bool_]  # (episodes,): ended by a loss or weight that is not finite
     observations: NDArray[np.float32]  # (timesteps of all episodes, observations)
-    paths: dict[str, list[NDArray[np.float64]]]  # of each info: for each episode, its values at every decision
+    paths: dict[
+        str, list[NDArray[Any]]
+    ]  # of each info: for each episode, its values at every decision, float64 or text
 
     @property
     def mean_return(self) -> float:
@@ -78,7 +81,7 @@ def evaluate(
             be made with `environment_options(policy)`.
     """
     if env is None:
-        env = SchedulingVectorEnv(episodes, tasks, **environment_options(policy))
+        env = SchedulingVectorEnv(episodes, mixture(tasks)[:episodes], **environment_options(policy))
     for name in ("observations", "controls", "base_schedule"):
         there, wanted = env.metadata[name], getattr(policy, name)
         wanted = getattr(wanted, "name", wanted)
@@ -90,7 +93,7 @@ def evaluate(
     observations, infos = env.reset(seed=seed)
     returns, diverged = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
     running = np.ones(env.num_envs, bool)
-    paths: dict[str, list[list[float]]] = {}
+    paths: dict[str, list[list[Any]]] = {}
     seen = []
     while running.any():
         seen.append(observations[running])
@@ -102,10 +105,13 @@ def evaluate(
                 continue
             path = paths.setdefault(key, [[] for _ in range(env.num_envs)])
             for i in np.flatnonzero(running):
-                path[i].append(float(final[key][i] if done[i] else values[i]))
+                path[i].append(final[key][i] if done[i] else values[i])
         ended = running & done
         returns[ended] = final["return"][ended]  # rewards may be scaled
         diverged |= running & (final["diverged"] > 0)
         running &= ~done
-    arrays = {key: [np.array(values) for values in path] for key, path in paths.items()}
+    arrays = {
+        key: [np.array(values, str if isinstance(values[0], str) else np.float64) for values in path]
+        for key, path in paths.items()
+    }
     return Evaluation(returns, diverged, np.concatenate(seen), arrays)

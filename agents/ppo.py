@@ -24,10 +24,20 @@ from rlsched.actors import ACTORS
 from rlsched.agents.config import TrainConfig
 from rlsched.agents.critic import Privileged, PrivilegedCriticPolicy
 from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, tuned
-from rlsched.agents.export import AVERAGE, CHECKPOINT, DOMAIN, INTERFACE, actor_weights, export, interface_of, learner
+from rlsched.agents.exporting import (
+    AVERAGE,
+    CHECKPOINT,
+    DOMAIN,
+    INTERFACE,
+    actor_weights,
+    export,
+    interface_of,
+    learner,
+)
 from rlsched.agents.figures import episode_paths
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.domain import Domain
+from rlsched.envs.arguments import warn_of_left_out
 from rlsched.envs.mixtures import mixture, names
 from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv, check_main_guard
@@ -73,8 +83,9 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         _check_hyperparameters(run_dir, config)  # which another process may have written by now
         seen = {name: getattr(config, name) for name in ("observations", "controls", "base_schedule", "safe_start")}
         options = {"reward": config.reward, "trust": config.trust, "compile": config.compile, **seen}
-        tasks = len(mixture(config.tasks))
-        privileged = Privileged(config.num_envs, config.clones, tasks) if config.privileged_critic else None
+        tasks = mixture(config.tasks)
+        warn_of_left_out(tasks, config.num_envs // config.clones)
+        privileged = Privileged(config.num_envs, config.clones, len(tasks)) if config.privileged_critic else None
         env = VectorEnvAdapter(_vector_env(config, config.num_envs, clones=config.clones, **options), privileged)
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
@@ -143,10 +154,11 @@ def _finished(run_dir: Path, config: TrainConfig) -> SchedulePolicy | None:
 
 def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> SchedulingVectorEnv | ShardedVectorEnv:
     options["device"] = config.device
+    sets = num_envs // options.get("clones", 1)
+    tasks = mixture(config.tasks)[:sets]
     if config.processes == 1:
-        return SchedulingVectorEnv(num_envs, config.tasks, **options)
-    processes = min(config.processes, num_envs // options.get("clones", 1))
-    return ShardedVectorEnv(num_envs, config.tasks, processes=processes, **options)
+        return SchedulingVectorEnv(num_envs, tasks, **options)
+    return ShardedVectorEnv(num_envs, tasks, processes=min(config.processes, sets), **options)
 
 
 def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:

@@ -14,15 +14,21 @@ from rlsched.agents.critic import Privileged
 
 
 class VectorEnvAdapter(VecEnv):
-    """A `VecEnv` over a vector environment of inner training runs that resets in the same step.
+    """Stable-Baselines3's view of a vector environment of inner training runs, for any of its algorithms:
+
+        env = VectorEnvAdapter(gymnasium.make_vec("rlsched.envs:rlsched/Scheduling-v0", num_envs=64))
+        model = PPO("MlpPolicy", env).learn(1_000_000)
 
     Infos are empty but where an episode ended. There they hold the episode's last info, `terminal_observation`, and
     `episode` with its return `r`, which is not scaled as rewards are, and length `l`, from which Stable-Baselines3 logs
     `rollout/ep_rew_mean`.
 
     Args:
-        env: the vector environment.
+        env: the vector environment, which begins the next episode in the step that ends one.
         privileged: what is to follow the observations, for the critic's eyes.
+
+    Raises:
+        ValueError: the environment goes on after an episode in another way.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], privileged: Privileged | None = None) -> None:
@@ -69,6 +75,10 @@ class VectorEnvAdapter(VecEnv):
     def _seen(self, observations: np.ndarray, infos: dict[str, Any]) -> np.ndarray:
         """The observations, and what the critic is told beside them."""
         return observations if self.privileged is None else np.concatenate([observations, self.privileged.of(infos)], 1)
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        frames = self.env.render() or [None] * self.num_envs
+        return [frame if isinstance(frame, np.ndarray) else None for frame in frames]
 
     def close(self) -> None:
         self.env.close()

@@ -1,4 +1,8 @@
-"""Gymnasium environments over inner training: `gymnasium.make("rlsched/Scheduling-v0")` after importing this."""
+"""Gymnasium environments over inner training.
+
+After importing this, `gymnasium.make("rlsched/Scheduling-v0")`; or without, by the name that has Gymnasium import it,
+`gymnasium.make("rlsched.envs:rlsched/Scheduling-v0")`. (Since its 1.0, it reads no entry points of other packages.)
+"""
 
 import gymnasium
 

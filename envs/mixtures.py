@@ -58,7 +58,7 @@ _language = replace(_every, no_momentum=0.4, clipping=0.4)
 # Users have few points as often as many: a network may see each of them once in a run, or two hundred times.
 _points = (192, 8192)
 
-FAMILIES: dict[str, InnerTask] = {
+_families: dict[str, InnerTask] = {
     "quadratic": InnerTask(
         partial(NoisyQuadratic, 32), Noise(), quadratic_loss, (4, 32), setup=_every, reward_scale=1.2
     ),
@@ -185,6 +185,8 @@ FAMILIES: dict[str, InnerTask] = {
     ),
 }
 
+FAMILIES = {name: task.named(name) for name, task in _families.items()}
+
 MIXTURES: dict[str, tuple[InnerTask, ...]] = {
     "mlp": (
         classifier(TeacherStudent(inputs=24), (32, 32)),
@@ -200,14 +202,20 @@ MIXTURES: dict[str, tuple[InnerTask, ...]] = {
 }
 
 
-def names(tasks: Sequence[InnerTask]) -> list[str]:
-    """What the tasks are called: as in `FAMILIES`, or else by their number."""
-    known = {id(task): name for name, task in FAMILIES.items()}
-    return [known.get(id(task), f"task {i}") for i, task in enumerate(tasks)]
+def numbered(tasks: Iterable[InnerTask]) -> tuple[InnerTask, ...]:
+    """The tasks, with their number for a name where they have none."""
+    return tuple(task if task.name else task.named(f"task {i}") for i, task in enumerate(tasks))
+
+
+def names(tasks: Iterable[InnerTask]) -> list[str]:
+    """What the tasks are called."""
+    return [str(task.name) for task in numbered(tasks)]
 
 
 def mixture(tasks: str | InnerTask | Sequence[InnerTask]) -> tuple[InnerTask, ...]:
     """The inner tasks of a mixture that is given by its name, by "module:NAME", or as one or several inner tasks.
+
+    Each of them has a name.
 
     Raises:
         ValueError: there is no mixture of that name, or it has no task.
@@ -219,16 +227,16 @@ def mixture(tasks: str | InnerTask | Sequence[InnerTask]) -> tuple[InnerTask, ..
             raise ValueError(
                 f"tasks must be one of {sorted(MIXTURES)}, 'module:NAME' or a sequence of inner tasks, got {tasks!r}"
             )
-        return MIXTURES[tasks]
+        return numbered(MIXTURES[tasks])
     if isinstance(tasks, InnerTask):
-        return (tasks,)
+        return numbered([tasks])
     if not isinstance(tasks, Iterable):
         raise ValueError(f"tasks must be an InnerTask or a sequence of them, got {tasks!r}")
     found = list(tasks)
     wrong = [task for task in found if not isinstance(task, InnerTask)]
     if wrong or not found:
         raise ValueError(f"tasks must be at least one InnerTask, got {wrong or 'none'}")
-    return tuple(found)
+    return numbered(found)
 
 
 def _imported(name: str) -> tuple[InnerTask, ...]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,13 +19,24 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import torch
-from gymnasium import Space
+from gymnasium import Space, logger
 from gymnasium.error import ClosedEnvironmentError
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from rlsched.envs.arguments import (
+    autoreset_mode_of,
+    check_begun,
+    check_sets,
+    checked_actions,
+    reset_mask,
+    seeds_of,
+    warn_of_left_out,
+)
+from rlsched.envs.groups import Array
 from rlsched.envs.mixtures import mixture
-from rlsched.envs.scheduling import Array, SchedulingVectorEnv, check_sets, checked_actions, seeds_of
+from rlsched.envs.rendering import NO_MODE, Frame
+from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.tasks import InnerTask
 
 GRACE = 0.25  # seconds that worker processes have to end
@@ -48,12 +60,18 @@ class Shard:
         self._make = make
 
     def answer(self, method: str, argument: Any) -> Any:
-        """To "open" (first, and once), "reset" with seeds or "step" with actions. An exception is an answer as well."""
+        """To "open" (first, and once), "reset" with seeds and a mask of runs, "step" with actions, or "render".
+
+        An exception is an answer as well.
+        """
         try:
             if method == "open":
                 self._env = self._make()
                 return Opened(self._env.single_observation_space, self._env.single_action_space, self._env.metadata)
-            return self._env.reset(seed=argument) if method == "reset" else self._env.step(argument)
+            if method == "reset":
+                seeds, chosen = argument
+                return self._env.reset(seed=seeds, options={"reset_mask": chosen})
+            return self._env.render() if method == "render" else self._env.step(argument)
         except Exception as error:
             return error
 
@@ -224,14 +242,14 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
     The processes are spawned, so a script that makes one does so under `if __name__ == "__main__":`.
 
     Args:
-        num_envs, tasks, clones, options: those of `SchedulingVectorEnv`.
+        num_envs, tasks, clones, autoreset_mode, render_mode, options: those of `SchedulingVectorEnv`.
         processes: shards, each with a near-equal part of the tasks; or of the runs, where there are fewer tasks: a
             stack of many networks is trained in less time than two of half as many.
         transport: where the shards live: `Processes`, each in a worker process with one thread; `Inline`, in this
             process, for debugging; or anything that makes a `Transport`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: dict[str, Any] = SchedulingVectorEnv.metadata
 
     def __init__(
         self,
@@ -241,9 +259,12 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         processes: int = 2,
         transport: Callable[[Sequence[Make]], Transport] = Processes,
         clones: int = 1,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.SAME_STEP,
+        render_mode: str | None = None,
         **options: Any,
     ) -> None:
         check_sets(num_envs, clones)
+        autoreset_mode = autoreset_mode_of(autoreset_mode)
         sets = num_envs // clones
         if not 1 <= processes <= sets:
             each = "num_envs" if clones == 1 else "num_envs / clones"
@@ -254,6 +275,8 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         self._shards: list[Array] = []  # the numbers of their runs
         members = np.arange(num_envs).reshape(-1, clones)
         used = family[:sets]
+        warn_of_left_out(family, sets)
+        options |= {"clones": clones, "autoreset_mode": autoreset_mode, "render_mode": render_mode}
         makes = []
         for number in range(processes):
             if len(used) >= processes:
@@ -261,17 +284,18 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
             else:
                 of_shard = np.arange(sets) * processes // sets == number
                 first = int(of_shard.argmax()) % len(family)
-                tasks = family[first:] + family[:first]
+                tasks = (family[first:] + family[:first])[: of_shard.sum()]
             self._shards.append(members[of_shard].ravel())
             size = len(self._shards[-1])
-            makes.append(partial(SchedulingVectorEnv, size, tasks, clones=clones, **options))
+            makes.append(partial(SchedulingVectorEnv, size, tasks, **options))
         self._transport = transport(makes)
         try:
             opened = self._ask("open", [None] * processes)[0]
         except BaseException:
             self.close()
             raise
-        self.num_envs, self._clones = num_envs, clones
+        self.num_envs, self._clones, self.render_mode = num_envs, clones, render_mode
+        self._waiting = np.ones(num_envs, bool)  # for a reset
         self.single_observation_space, self.single_action_space, self.metadata = opened
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -279,15 +303,30 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Array, dict[str, Any]]:
+        chosen = reset_mask(options, self.num_envs, self._clones)
         seeds = [s for s in seeds_of(seed, self.num_envs, self._clones) for _ in range(self._clones)]
-        observations, infos = join(self._ask("reset", split(np.array(seeds, object), self._shards)), self._shards)
+        parts = [split(values, self._shards) for values in (np.array(seeds, object), chosen)]
+        observations, infos = join(self._ask("reset", list(zip(*parts, strict=True))), self._shards)
+        self._waiting &= ~chosen
         return observations, infos
 
     def step(self, actions: Array) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
         actions = checked_actions(actions, self.action_space.shape)
+        check_begun("step", self._waiting)
         answers = self._ask("step", split(actions, self._shards))
         observations, rewards, terminated, truncated, infos = join(answers, self._shards)
+        if self.metadata["autoreset_mode"] is AutoresetMode.DISABLED:
+            self._waiting = terminated.copy()
         return observations, rewards, terminated, truncated, infos
+
+    def render(self) -> tuple[Frame, ...] | None:
+        """A frame of each run, see `render_mode`; None, with a warning, without one."""
+        if self.render_mode is None:
+            logger.warn(NO_MODE)
+            return None
+        parts = self._ask("render", [None] * len(self._shards))
+        frames = dict(zip(np.concatenate(self._shards).tolist(), chain.from_iterable(parts), strict=True))
+        return tuple(frames[run] for run in range(self.num_envs))
 
     def _ask(self, method: str, arguments: list[Any]) -> list[Any]:
         if self.closed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -159,6 +160,7 @@ class InnerTask:
         patience: the run ends after so many validations in a row without a new best loss; never by default.
         reward_scale: rewards are divided by it. Where families differ in how far the log loss of a run can differ, it
             keeps those that differ most from being all that is learned.
+        name: what it is called where runs are reported; in a mixture, "task" and its number by default.
 
     Raises:
         ValueError: a value is out of its range, or inputs and targets differ in length.
@@ -174,6 +176,7 @@ class InnerTask:
     validation_interval: int = 1
     patience: int | None = None
     reward_scale: float = 1.0
+    name: str | None = field(default=None, compare=False)
     source: Source = field(init=False, repr=False)  # what `data` came to
 
     def __post_init__(self) -> None:
@@ -204,6 +207,12 @@ class InnerTask:
             size //= 2
             sizes.append(size)
         return tuple(sizes)
+
+    def named(self, name: str) -> InnerTask:
+        """The same task, which shares its data, by this name."""
+        task = copy.copy(self)
+        object.__setattr__(task, "name", name)
+        return task
 
     def initial_network(self, seed: int) -> nn.Module:
         """A new network, with the weights that belong to `seed`; global random numbers stay as they are."""

@@ -298,7 +298,7 @@ def _benchmark(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     with _importing():
-        from rlsched.agents.export import load_checkpoint
+        from rlsched.agents.exporting import load_checkpoint
         from rlsched.policy import SUFFIX
 
     if options.out.suffix != SUFFIX:

@@ -4,7 +4,7 @@ import ast
 import re
 import runpy
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from rlsched.agents import TrainConfig
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROLS
 from rlsched.envs import mixtures
+from rlsched.policy import SchedulePolicy
 from rlsched.signals import OBSERVATIONS
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,24 @@ def test_readme_environment_runs(tmp_path):
         names = {}
         exec(compile(re.sub(r"num_envs=\d+", "num_envs=4", snippet), "README.md", "exec"), names)
         names["envs"].reset(seed=0)
+
+
+def test_page_of_stable_baselines_runs(tmp_path, monkeypatch):
+    """Whoever comes with an algorithm of their own follows this page line by line."""
+    monkeypatch.chdir(tmp_path)
+    (digits,) = mixtures.MIXTURES["digits"]
+    short = replace(digits, setup=replace(digits.setup, decisions=(2, 3)))
+    monkeypatch.setitem(mixtures.MIXTURES, "digits", (short,))
+    names = {}
+    few = {"num_envs": 4, "n_steps": 4, "total_timesteps": 16, "learning_starts": 8, "batch_size": 16, "episodes": 4}
+    for block in re.findall(r"```python\n(.*?)```", PAGES["docs/stable-baselines3.md"], re.DOTALL):
+        for option, value in few.items():
+            block = re.sub(rf"\b{option}=[\d_]+", f"{option}={value}", block)
+        exec(compile(block, "stable-baselines3.md", "exec"), names)
+    for name in ("ppo", "a2c"):
+        SchedulePolicy.load(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match=r"^model: the actor of SAC cannot be exported"):
+        names["export"](names["model"])
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -74,9 +74,14 @@ def installed(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         import rlsched
         rlsched.SchedulePolicy.load("default")
         brought = [module for module in {EXTRAS + INSIDE!r} if module in sys.modules]
+        import gymnasium
+        name = "rlsched.envs:rlsched/Scheduling-v0"
+        env = gymnasium.make(name, tasks="small")
+        envs = gymnasium.make_vec(name, num_envs=2, tasks="small", vectorization_mode="vector_entry_point")
+        made = [type(env.unwrapped).__name__, type(envs).__name__]
         import rlsched.agents, rlsched.envs
         files = [rlsched.__file__, rlsched.agents.__file__, rlsched.envs.__file__]
-        print(json.dumps({{"brought": brought, "files": files}}))
+        print(json.dumps({{"brought": brought, "files": files, "made": made}}))
     """
     facts: dict[str, Any] = json.loads(run_python(code, cwd=tmp_path_factory.mktemp("elsewhere"), path=unpacked))
     return facts
@@ -165,6 +170,11 @@ def test_sdist_builds_the_same_wheel_without_links(wheel: Path, sdist: Path, tmp
 def test_installed_package_is_imported_from_where_it_is_installed(installed: dict[str, Any], unpacked: Path) -> None:
     """A wheel without rlsched.envs would go unnoticed by every test that runs in the repository."""
     assert all(Path(file).is_relative_to(unpacked) for file in installed["files"])
+
+
+def test_environment_is_made_without_an_import(installed: dict[str, Any]) -> None:
+    """Who has only Gymnasium's name for it, from a configuration file, would be told that there is no such thing."""
+    assert installed["made"] == ["SchedulingEnv", "SchedulingVectorEnv"]
 
 
 def test_clone_without_symbolic_links_imports(sdist: Path, tmp_path: Path) -> None:

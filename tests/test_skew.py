@@ -88,7 +88,7 @@ def test_so_it_is_under_any_base_schedule_and_with_any_names(names, base_schedul
 
 def compare(task, **options):
     """Hold episodes of the environment against the same training in a user's loop, under a policy of such options."""
-    env = SchedulingVectorEnv(RUNS, [task], autoreset=False, **options)
+    env = SchedulingVectorEnv(RUNS, [task], autoreset_mode="Disabled", **options)
     observations, _ = env.reset(seed=SEED)
     policy = Recorder(**options)
     decided = []

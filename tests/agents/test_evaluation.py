@@ -28,7 +28,7 @@ def test_zero_policy_scores_what_zero_actions_earn(tiny):
     """The base schedule's score is what every policy is measured against; an error in it is an error in every claim."""
     evaluation = evaluate(SchedulePolicy.zero(), tiny, episodes=EPISODES, seed=SEED)
     for episode in range(EPISODES):
-        env = SchedulingVectorEnv(1, [tiny[episode % 2]], safe_start=False, autoreset=False)
+        env = SchedulingVectorEnv(1, [tiny[episode % 2]], safe_start=False, autoreset_mode="Disabled")
         _, infos = env.reset(seed=SEED + episode)
         total, terminated, path = 0.0, False, []
         while not terminated:
@@ -117,7 +117,9 @@ def test_memory_is_passed_on_and_begins_anew(tiny):
     for _ in range(2):
         evaluation = evaluate(policy, seed=SEED, env=env)
         for run in range(EPISODES):
-            alone = SchedulingVectorEnv(1, [tiny[run % len(tiny)]], **environment_options(policy), autoreset=False)
+            alone = SchedulingVectorEnv(
+                1, [tiny[run % len(tiny)]], **environment_options(policy), autoreset_mode="Disabled"
+            )
             alone.reset(seed=SEED + run)
             actions = [1.0] * policy.raised + [0.0] * (len(evaluation.paths["lr"][run]) - policy.raised)
             lr = [alone.step(np.full((1, 1), action, np.float32))[-1]["lr"][0] for action in actions]

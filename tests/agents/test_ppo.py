@@ -15,7 +15,7 @@ from torch import nn
 
 from rlsched.actors import ACTORS
 from rlsched.agents import evaluate, train
-from rlsched.agents.export import actor_weights, export, learner, load_checkpoint
+from rlsched.agents.exporting import actor_weights, export, learner, load_checkpoint
 from rlsched.agents.ppo import _vector_env
 from rlsched.base_schedule import BASE_SCHEDULES, named_base_schedule
 from rlsched.envs import MIXTURES, InnerTask, SchedulingVectorEnv

@@ -63,7 +63,7 @@ def test_attributes_are_those_of_the_environment(tiny):
 def test_other_ways_to_reset_are_refused(tiny):
     """An environment that resets in the next step gives observations that belong to no episode."""
     with pytest.raises(ValueError, match="SAME_STEP"):
-        VectorEnvAdapter(SchedulingVectorEnv(2, tiny, autoreset=False))
+        VectorEnvAdapter(SchedulingVectorEnv(2, tiny, autoreset_mode="Disabled"))
     sync = gymnasium.vector.SyncVectorEnv(
         [lambda: gymnasium.make("CartPole-v1")], autoreset_mode=AutoresetMode.NEXT_STEP
     )

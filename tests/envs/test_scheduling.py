@@ -21,9 +21,10 @@ import rlsched.envs
 from rlsched import control, schedule
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROL_NAMES
-from rlsched.envs import FAMILIES, SchedulingEnv, SchedulingVectorEnv
+from rlsched.envs import FAMILIES, InnerTask, SchedulingEnv, SchedulingVectorEnv
+from rlsched.envs.groups import REWARDS
+from rlsched.envs.mixtures import mixture
 from rlsched.envs.optimizers import OPTIMIZERS
-from rlsched.envs.scheduling import REWARDS
 from rlsched.envs.sharding import Inline, ShardedVectorEnv
 from rlsched.envs.training import InnerTraining
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
@@ -42,6 +43,8 @@ INFOS = {
     "adaptive",
     "diverged",
     "return",
+    "family",
+    "optimizer",
 }
 SUBSETS = [  # of observations and controls
     (OBSERVATION_NAMES, CONTROL_NAMES[:1]),
@@ -72,7 +75,10 @@ def assert_same(one, other, **tolerance):
         keys = {key for key in i if "final" not in key}
         assert keys == {key for key in j if "final" not in key}
         for key in keys:
-            np.testing.assert_allclose(i[key], j[key], **tolerance, err_msg=key)
+            numbers = i[key].dtype != object
+            (np.testing.assert_allclose if numbers else np.testing.assert_array_equal)(
+                i[key], j[key], **(tolerance if numbers else {}), err_msg=key
+            )
 
 
 def part(history, runs):
@@ -100,12 +106,12 @@ def test_made_by_name(make_task):
     assert env.spec.id == rlsched.envs.ID
 
 
-def test_gymnasium_checks_the_environment(make_task, family):
+@pytest.mark.parametrize(("observations", "controls"), [(OBSERVATION_NAMES, CONTROL_NAMES), *SUBSETS])
+def test_gymnasium_checks_the_environment(make_task, observations, controls):
     """An environment that breaks Gymnasium's rules breaks the wrappers and algorithms built on them."""
-    gymnasium_check_env(SchedulingEnv([make_task(), family("conv-batch-norm")]), skip_render_check=True)
-    for observations, controls in SUBSETS:
-        env = SchedulingEnv([make_task()], observations=observations, controls=controls)
-        gymnasium_check_env(env, skip_render_check=True)
+    tasks = [make_task(), make_task(hidden=())]
+    env = gymnasium.make(rlsched.envs.ID, tasks=tasks, observations=observations, controls=controls)
+    gymnasium_check_env(env.unwrapped)
 
 
 def test_stable_baselines_checks_the_environment(make_task, family):
@@ -150,7 +156,7 @@ def test_families_mix_in_one_environment(family, play):
 def test_single_environment_is_a_vector_environment_of_one(make_task, play):
     """Two implementations would drift apart."""
     tasks = [make_task(decisions=(4, 4), no_loss=0)]
-    vector = play(SchedulingVectorEnv(1, tasks, autoreset=False), seed=3, steps=4)
+    vector = play(SchedulingVectorEnv(1, tasks, autoreset_mode="Disabled"), seed=3, steps=4)
     env = SchedulingEnv(tasks)
     drawn = np.random.default_rng(0).uniform(-1, 1, (4, len(CONTROL_NAMES))).astype(np.float32)
     for step, (observations, rewards, ended, infos) in enumerate(vector):
@@ -214,7 +220,7 @@ def test_rewards_sum_to_the_drop_of_the_log_loss(make_task, play, reward):
 
 def test_best_loss_is_the_lowest_so_far(make_task, play):
     """Who keeps the best checkpoint has this loss, and is rewarded for no other."""
-    env = SchedulingVectorEnv(6, [make_task(optimizers=EVERY, decisions=(12, 12), **BOLD)], autoreset=False)
+    env = SchedulingVectorEnv(6, [make_task(optimizers=EVERY, decisions=(12, 12), **BOLD)], autoreset_mode="Disabled")
     history = play(env, seed=1, steps=12)
     losses = np.stack([infos["validation_loss"] for *_, infos in history])
     steps = np.stack([infos["inner_steps"] for *_, infos in history])
@@ -231,7 +237,7 @@ def test_best_loss_is_the_lowest_so_far(make_task, play):
 def test_training_reward_is_the_mean_loss_of_the_window(make_task, told):
     """A reward from one mini-batch is mostly noise; and it must be there for a policy that is not told the loss."""
     task, runs = make_task(decisions=(4, 4), optimizers=EVERY, no_loss=float(not told)), 6
-    env = SchedulingVectorEnv(runs, [task], reward="training", safe_start=False, autoreset=False)
+    env = SchedulingVectorEnv(runs, [task], reward="training", safe_start=False, autoreset_mode="Disabled")
     _, infos = env.reset(seed=3)
     seen, rewards = [infos["train_loss"]], [np.zeros(runs)]
     for _ in range(4):
@@ -355,7 +361,7 @@ def test_autoreset_gives_the_end_and_the_new_start(make_task, play):
     tasks, runs, steps = [make_task(decisions=(3, 3)), make_task(decisions=(9, 9), hidden=())], 6, 3
     env = SchedulingVectorEnv(runs, tasks)
     assert env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
-    plain = SchedulingVectorEnv(runs, tasks, autoreset=False)
+    plain = SchedulingVectorEnv(runs, tasks, autoreset_mode="Disabled")
     assert plain.metadata["autoreset_mode"] == AutoresetMode.DISABLED
     observations, _, ended, infos = play(env, seed=0, steps=steps)[-1]
     expected, _, _, expected_infos = play(plain, seed=0, steps=steps)[-1]
@@ -376,6 +382,103 @@ def test_autoreset_gives_the_end_and_the_new_start(make_task, play):
         np.testing.assert_array_equal(infos[key][~ended], values[~ended])
     listed = DictInfoToList(env)._convert_info_to_list(infos)
     assert ["final_info" in info for info in listed] == ended.tolist()
+
+
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_autoreset_is_gymnasiums_own(make_task, mode):
+    """A loop that is written for Gymnasium's environments must get of this one what it gets of those.
+
+    The reference is its `SyncVectorEnv` around single environments.
+    """
+    tasks, runs = [make_task(decisions=(2, 2)), make_task(decisions=(3, 3), hidden=())], 2
+    env = SchedulingVectorEnv(runs, tasks, autoreset_mode=mode)
+    makes = [partial(SchedulingEnv, [task.named(f"task {i}")]) for i, task in enumerate(tasks)]
+    sync = gymnasium.vector.SyncVectorEnv(makes, autoreset_mode=mode)
+    assert env.metadata["autoreset_mode"] is sync.metadata["autoreset_mode"]
+    seeds = [5, 6]
+    (first, _), (wanted, _) = env.reset(seed=seeds), sync.reset(seed=seeds)
+    np.testing.assert_allclose(first, wanted, **CLOSE)
+    compared = np.ones(runs, bool)  # later episodes are others: they are drawn in another order
+    for actions in np.random.default_rng(0).uniform(-1, 1, (6, *env.action_space.shape)).astype(np.float32):
+        one, other = env.step(actions), sync.step(actions)
+        ended = one[2]
+        begun = ended & (mode is AutoresetMode.SAME_STEP)
+        np.testing.assert_allclose(one[0][compared & ~begun], other[0][compared & ~begun], **CLOSE)
+        np.testing.assert_allclose(one[1][compared], other[1][compared], **CLOSE)
+        assert_ends_as(one, other)
+        compared &= ~ended | (mode is AutoresetMode.DISABLED)
+        if mode is AutoresetMode.DISABLED and ended.any():
+            seeds = [seed + 10 for seed in seeds]
+            (first, infos), (wanted, _) = (
+                each.reset(seed=seeds, options={"reset_mask": ended.copy()}) for each in (env, sync)
+            )
+            np.testing.assert_allclose(first, wanted, **CLOSE)
+            np.testing.assert_array_equal(infos["inner_steps"] == 1, ended)
+
+
+def assert_ends_as(one, other):
+    """Two vector environments returned the same ends of episodes, and tell them in the same way."""
+    np.testing.assert_array_equal(one[2], other[2])
+    np.testing.assert_array_equal(one[3], other[3])
+    infos, wanted = one[4], other[4]
+    assert infos.keys() >= {key for key in wanted if not key.startswith("_")}
+    assert ("final_info" in infos) == ("final_info" in wanted)
+    np.testing.assert_array_equal(infos["inner_steps"], wanted["inner_steps"])
+    np.testing.assert_array_equal(infos["family"], wanted["family"])
+    if "final_obs" in infos:
+        np.testing.assert_array_equal(infos["_final_obs"], wanted["_final_obs"])
+        for run in np.flatnonzero(infos["_final_obs"]):
+            assert infos["final_obs"][run].shape == wanted["final_obs"][run].shape
+            assert infos["final_info"]["total_steps"][run] == wanted["final_info"]["total_steps"][run]
+
+
+def test_next_step_begins_without_a_reward_and_whatever_the_action(make_task):
+    """A first reward of an action that nobody took would be credited to the last one of the old episode."""
+    task = make_task(decisions=(2, 2))
+    same, following = (SchedulingVectorEnv(3, task, autoreset_mode=mode) for mode in ("SameStep", "NextStep"))
+    same.reset(seed=4), following.reset(seed=4)
+    for _ in range(2):
+        last, *_, infos = same.step(zeros(3))
+        observations, _, ended, _, told = following.step(zeros(3))
+    assert ended.all()
+    np.testing.assert_array_equal(np.stack(infos["final_obs"]), observations)
+    np.testing.assert_array_equal(infos["final_info"]["return"], told["return"])
+    for actions in (zeros(3) + 1,):
+        observations, rewards, ended, _, told = following.step(actions)
+    assert not ended.any() and (rewards == 0).all() and "final_obs" not in told
+    np.testing.assert_array_equal(observations, last)
+    np.testing.assert_array_equal(told["inner_steps"], 1)
+
+
+def test_reset_mask_leaves_the_others_alone(make_task):
+    """A run that a reset of another one touched would go on in an episode that nobody played."""
+    task = make_task(decisions=(6, 6))
+    env, untouched = (SchedulingVectorEnv(4, task, clones=2, autoreset_mode="Disabled") for _ in range(2))
+    for each in (env, untouched):
+        each.reset(seed=1), each.step(zeros(4))
+    mask = np.array([True, True, False, False])
+    observations, infos = env.reset(seed=9, options={"reset_mask": mask})
+    np.testing.assert_array_equal(infos["inner_steps"], [1, 1, 5, 5])
+    np.testing.assert_array_equal(observations[:2], SchedulingVectorEnv(4, task, clones=2).reset(seed=9)[0][:2])
+    one, other = env.step(zeros(4)), untouched.step(zeros(4))
+    np.testing.assert_array_equal(one[0][2:], other[0][2:])
+    np.testing.assert_array_equal(one[1][2:], other[1][2:])
+
+
+def test_autoreset_that_cannot_be_is_refused(make_task):
+    """A mask that was not understood would begin other runs anew than those that are over."""
+    env = SchedulingVectorEnv(4, make_task(), clones=2)
+    for mask in ([True] * 4, np.ones(3, bool), np.ones(4)):
+        with pytest.raises(ValueError, match="reset_mask must be an array of 4 bools"):
+            env.reset(options={"reset_mask": mask})
+    with pytest.raises(ValueError, match="reset_mask must be the same for all 2 clones"):
+        env.reset(options={"reset_mask": np.array([True, False, False, False])})
+    with pytest.raises(ValueError, match=r"options may have a 'reset_mask', got \['mask'\]"):
+        env.reset(options={"mask": np.ones(4, bool)})
+    with pytest.raises(ValueError, match=r"autoreset_mode must be .* \['NextStep', 'SameStep', 'Disabled'\], got True"):
+        SchedulingVectorEnv(1, make_task(), autoreset_mode=True)
+    with pytest.raises(TypeError, match="autoreset_mode"):
+        SchedulingEnv(make_task(), autoreset_mode="NextStep")
 
 
 @pytest.mark.parametrize("reward", REWARDS)
@@ -411,7 +514,7 @@ def infinite_in_training(outputs, targets):
 def test_infinite_training_loss_is_a_divergence(make_task):
     """A loss can overflow where its gradients do not; a user's run would be over all the same."""
     task = replace(make_task(), network=partial(Alarmed, 6, 3), loss=infinite_in_training)
-    env = SchedulingVectorEnv(2, [task], autoreset=False)
+    env = SchedulingVectorEnv(2, [task], autoreset_mode="Disabled")
     env.reset(seed=0)
     _, rewards, terminated, _, infos = env.step(zeros(2))
     assert terminated.all() and (infos["diverged"] == 1).all() and (rewards == -2).all()
@@ -422,7 +525,7 @@ def test_infinite_training_loss_is_a_divergence(make_task):
 def test_return_has_a_floor_without_divergence(make_task, reward):
     """A loss that rises by many decades, and falls as fast, would drown what all other episodes have to tell."""
     task = make_task(optimizers={"AdamW": 1}, adaptive_lr=(10, 10), decisions=(9, 9))
-    env = SchedulingVectorEnv(4, [task], reward=reward, safe_start=False, autoreset=False)
+    env = SchedulingVectorEnv(4, [task], reward=reward, safe_start=False, autoreset_mode="Disabled")
     _, infos = env.reset(seed=0)
     first, highest, total, lowest = infos["validation_loss"], np.zeros(4), np.zeros(4), np.zeros(4)
     for _ in range(9):
@@ -454,7 +557,7 @@ def test_return_has_a_ceiling(make_task, reward, loss):
     totals = []
     for scale in (1, 10):
         scaled = replace(task, loss=lambda *given, scale=scale: scale * loss(*given))
-        env = SchedulingVectorEnv(4, [scaled], reward=reward, safe_start=False, autoreset=False)
+        env = SchedulingVectorEnv(4, [scaled], reward=reward, safe_start=False, autoreset_mode="Disabled")
         env.reset(seed=0)
         total = most = np.zeros(4)
         for _ in range(30):
@@ -471,7 +574,7 @@ def test_return_has_a_ceiling(make_task, reward, loss):
 def test_late_divergence_takes_back_what_was_earned(make_task):
     """If gains survived a divergence, a run that ends in NaN could be worth more than one that ends well."""
     env = SchedulingVectorEnv(
-        2, [make_task(decisions=(9, 9), optimizers={"AdamW": 1}, adaptive_lr=(1e-2, 1e-2))], autoreset=False
+        2, [make_task(decisions=(9, 9), optimizers={"AdamW": 1}, adaptive_lr=(1e-2, 1e-2))], autoreset_mode="Disabled"
     )
     env.reset(seed=0)
     total = sum(env.step(zeros(2))[1] for _ in range(5))
@@ -506,7 +609,7 @@ def test_zero_actions_are_the_base_schedule(make_task):
     """The policy's actions are corrections to this schedule; were it another, so would what a user falls back on be."""
     task = make_task(decisions=(7, 7), optimizers=EVERY, other_momentum=0.5, no_momentum=0.3)
     runs, seed = 24, 17
-    env = SchedulingVectorEnv(runs, [task], safe_start=False, autoreset=False)
+    env = SchedulingVectorEnv(runs, [task], safe_start=False, autoreset_mode="Disabled")
     _, infos = env.reset(seed=seed)
     setups = [replay(task, seed + run).setup for run in range(runs)]
     base = np.array([s.lr for s in setups])
@@ -527,7 +630,7 @@ def test_zero_actions_are_the_base_schedule_that_was_asked_for(make_task, name):
     """A policy that was trained over another schedule than its users run it over would correct what is not there."""
     task = make_task(decisions=(7, 7), optimizers=EVERY, no_momentum=0.3)
     runs, total = 8, 1 + 7 * task.interval
-    env = SchedulingVectorEnv(runs, [task], base_schedule=name, safe_start=False, autoreset=False)
+    env = SchedulingVectorEnv(runs, [task], base_schedule=name, safe_start=False, autoreset_mode="Disabled")
     _, infos = env.reset(seed=3)
     base = env._groups[0].training.settings.lr.numpy()
     seen = [infos["lr"]] + [env.step(zeros(runs))[-1]["lr"] for _ in range(7)]
@@ -615,7 +718,7 @@ def test_no_momentum_control_without_momentum(make_task):
     task = make_task(optimizers={"SGD": 1}, no_momentum=1, decisions=(4, 4))
 
     def observations(momentum_action):
-        env = SchedulingVectorEnv(3, [task], autoreset=False)
+        env = SchedulingVectorEnv(3, [task], autoreset_mode="Disabled")
         env.reset(seed=0)
         actions = zeros(3) + 0.3
         actions[:, CONTROL_NAMES.index("momentum")] = momentum_action
@@ -644,7 +747,7 @@ def test_validation_is_seen_as_it_is_measured(make_task, play):
     """A policy must know news from what it has seen before, and learns to only if there is both."""
     told = {"no_loss": 0.0, "no_validation": 0.0, "decisions": (7, 7), "loss_scale": (10.0, 10.0)}
     task = replace(make_task(**told), validation_interval=3)
-    env = SchedulingVectorEnv(4, [task], autoreset=False)
+    env = SchedulingVectorEnv(4, [task], autoreset_mode="Disabled")
     for window, (observations, _, _, infos) in enumerate(play(env, seed=0, steps=7)):
         age, vs_best, gap = observations[:, VALIDATION].T
         windows = (1 / task.interval if window < 3 else 0) + window % 3 if window < 7 else 0
@@ -764,20 +867,21 @@ def test_sets_that_do_not_fit_are_refused(make_task, num_envs, clones):
 def test_run_gets_another_length_in_its_course(make_task, factor):
     """People extend runs and cut them short: a policy that never met that would be at a loss."""
     task = make_task(decisions=(10, 10), other_length=1.0, length_change=(factor, factor))
-    env = SchedulingVectorEnv(6, task, autoreset=False)
+    env = SchedulingVectorEnv(6, task, autoreset_mode="Disabled")
     env.reset(seed=0)
     after = env._groups[0].training.settings.told_after.clone().numpy()
-    ends, lengths = np.zeros(6), []
-    while not ends.all():
+    last = np.maximum(after + 1, 10 * factor)
+    running, decisions = np.ones(6, bool), 0
+    while running.any():
         observations, _, done, _, infos = env.step(zeros(6))
-        lengths.append(infos["total_steps"].copy())
-        ends[done & (ends == 0)] = len(lengths)
         progress = observations[:, OBSERVATION_NAMES.index("progress")]
         np.testing.assert_allclose(progress, np.minimum(infos["inner_steps"] / infos["total_steps"], 1), rtol=1e-5)
-    last = np.maximum(after + 1, 10 * factor)
-    np.testing.assert_array_equal(ends, last)
-    told = np.arange(len(lengths))[:, None] >= after
-    np.testing.assert_array_equal(np.array(lengths), 1 + task.interval * np.where(told, last, 10))
+        length = 1 + task.interval * np.where(decisions >= after, last, 10)
+        np.testing.assert_array_equal(infos["total_steps"][running], length[running])
+        decisions += 1
+        np.testing.assert_array_equal(done[running], (decisions == last)[running])
+        running &= ~done
+        env.reset(options={"reset_mask": done})
     assert set(after) <= set(range(2, 9)) and len(set(after)) > 1
 
 
@@ -836,11 +940,37 @@ def test_documentation_lists_what_there_is(make_task):
 @pytest.mark.parametrize("direction", [1, -1])
 def test_trust_is_part_of_the_environment(direction):
     """A policy that is deployed under a trust that it was not trained under would run into a wall unawares."""
-    env = SchedulingVectorEnv(4, "mlp", controls=["lr"], trust=3, safe_start=False, base_schedule="constant")
+    env = SchedulingVectorEnv(6, "mlp", controls=["lr"], trust=3, safe_start=False, base_schedule="constant")
     _, infos = env.reset(seed=0)
     first = infos["lr"]
     for _ in range(8):
-        *_, infos = env.step(np.full((4, 1), direction, np.float32))
+        *_, infos = env.step(np.full((6, 1), direction, np.float32))
     np.testing.assert_allclose(infos["lr"] / first, 3.0**direction, rtol=1e-4)
     with pytest.raises(ValueError, match="trust must be a number above 1"):
-        SchedulingVectorEnv(4, trust=1)
+        SchedulingVectorEnv(6, trust=1)
+
+
+def test_run_says_what_it_trains(make_task):
+    """A return that cannot be told by family and optimizer hides the one that a policy ruins."""
+    named = InnerTask(nn.Identity, (torch.zeros(9, 2), torch.zeros(9)), name="mine")
+    assert [task.name for task in mixture([make_task(), FAMILIES["conv"], named])] == ["task 0", "conv", "mine"]
+    tasks = [make_task(optimizers={"RMSprop": 1}), replace(FAMILIES["mlp"], setup=make_task(optimizers=EVERY).setup)]
+    env = SchedulingVectorEnv(12, tasks)
+    _, infos = env.reset(seed=0)
+    assert infos["family"].tolist() == ["task 0", "mlp"] * 6
+    assert set(infos["optimizer"][::2]) == {"RMSprop"} and set(infos["optimizer"][1::2]) <= set(OPTIMIZERS)
+    drawn = [tasks[1].setup.draw(np.random.default_rng(run), tasks[1].batch_sizes).optimizer for run in range(1, 12, 2)]
+    assert infos["optimizer"][1::2].tolist() == drawn and len(set(drawn)) > 1
+    _, info = SchedulingEnv(tasks[:1]).reset(seed=0)
+    assert (info["family"], info["optimizer"]) == ("task 0", "RMSprop")
+
+
+def test_tasks_without_a_run_are_named(make_task):
+    """A policy that was never trained on a part of its mixture would be thought to have seen it all."""
+    tasks = [make_task(), FAMILIES["conv"], make_task(hidden=())]
+    with pytest.warns(
+        UserWarning, match=r"num_envs: for 3 tasks there are 1 runs .*, and none of conv, task 2"
+    ) as said:
+        gymnasium.make_vec(rlsched.envs.ID, num_envs=4, tasks=tasks, clones=4)
+    assert [warning.filename for warning in said] == [__file__]
+    SchedulingEnv(tasks)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gymnasium.error import ClosedEnvironmentError
+from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.vector import AutoresetMode
 from torch import nn
 
@@ -50,8 +50,12 @@ def assert_same(got, wanted, tolerance=0.0, valid=slice(None)):
             assert_same(got[key], value, tolerance, within)
     else:
         assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-        np.testing.assert_allclose(list(got[valid]), list(wanted[valid]), rtol=tolerance, atol=tolerance)
-        if got.dtype == object:
+        one, other = list(got[valid]), list(wanted[valid])
+        if one and isinstance(one[0], str):
+            assert one == other
+        else:
+            np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+        if isinstance(valid, np.ndarray) and all(x is None for x in wanted[~valid]):
             assert all(x is None for x in got[~valid])
 
 
@@ -157,14 +161,59 @@ def test_mistake_in_a_shard_is_told_when_it_starts(tasks, transport):
     """An option that only the shards can refuse would otherwise show as a death without a cause."""
     before = set(active_children())
     with pytest.raises(TypeError, match="unheard_of"):
-        ShardedVectorEnv(2, tasks, processes=1, transport=transport, unheard_of=1)
+        ShardedVectorEnv(2, tasks[:2], processes=1, transport=transport, unheard_of=1)
     assert set(active_children()) == before
 
 
-def test_environment_that_does_not_reset_itself_says_so(tasks):
-    """An adapter that trusts the metadata would wait for first observations that never come."""
-    env = ShardedVectorEnv(2, tasks, transport=Inline, autoreset=False)
-    assert env.metadata["autoreset_mode"] == AutoresetMode.DISABLED
+@pytest.mark.parametrize("mode", AutoresetMode)
+def test_shards_go_on_after_an_episode_as_the_whole_does(make_task, mode):
+    """A mode that a shard did not know, or a mask that reached other runs, would mix up episodes without an error."""
+    tasks = [make_task(hidden=hidden, decisions=(2, 3)) for hidden in ((8,), (5,))]
+    shards = ShardedVectorEnv(RUNS, tasks, transport=Inline, autoreset_mode=mode)
+    whole = SchedulingVectorEnv(RUNS, tasks, autoreset_mode=mode.value)
+    assert shards.metadata["autoreset_mode"] is whole.metadata["autoreset_mode"] is mode
+    for env in (shards, whole):
+        with pytest.raises(ResetNeeded, match="step"):
+            env.step(np.zeros(env.action_space.shape))
+    assert_same(shards.reset(seed=2), whole.reset(seed=2), tolerance=1e-4)
+    for step, actions in enumerate(np.random.default_rng(0).uniform(-1, 1, (4, *whole.action_space.shape))):
+        got, wanted = shards.step(actions), whole.step(actions)
+        assert_same(got, wanted, tolerance=1e-4)
+        over = wanted[2]
+        if mode is AutoresetMode.DISABLED and over.any():
+            for env in (shards, whole):
+                with pytest.raises(ResetNeeded, match=re.escape(f"{np.flatnonzero(over).tolist()} have no episode")):
+                    env.step(actions)
+            again = {"seed": [10 * step + run for run in range(RUNS)], "options": {"reset_mask": over}}
+            assert_same(shards.reset(**again), whole.reset(**again), tolerance=1e-4)
+
+
+def test_shards_name_their_families(make_task):
+    """A shard that counted its own tasks would call each of them the first."""
+    tasks = [make_task(hidden=(4 + i,)) for i in range(4)] + [FAMILIES["mlp"]]
+    for processes in (2, 3):
+        env = ShardedVectorEnv(5, tasks, processes=processes, transport=Inline)
+        assert env.reset(seed=0)[1]["family"].tolist() == ["task 0", "task 1", "task 2", "task 3", "mlp"]
+
+
+def test_shards_render_their_runs(make_task):
+    """A picture of another run than that of its place would be believed."""
+    tasks = [make_task(hidden=hidden) for hidden in ((8,), (5,))]
+    shards = ShardedVectorEnv(RUNS, tasks, processes=2, transport=Inline, render_mode="ansi")
+    whole = SchedulingVectorEnv(RUNS, tasks, render_mode="ansi")
+    for env in (shards, whole):
+        env.reset(seed=1)
+    assert [text.splitlines()[0] for text in shards.render()] == [text.splitlines()[0] for text in whole.render()]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_tasks_that_have_no_runs_are_named_once(make_task, processes):
+    """A worker that warned of tasks that another worker has would raise a false alarm."""
+    tasks = [make_task(hidden=(4 + i,)) for i in range(3)]
+    with pytest.warns(UserWarning, match=r"num_envs: for 3 tasks there are 2 runs .*, and none of task 2$") as said:
+        ShardedVectorEnv(2, tasks, processes=2, transport=Inline)
+    assert len(said) == 1
+    ShardedVectorEnv(5, tasks, processes=processes, transport=Inline)
 
 
 class TwoPartError(Exception):
@@ -197,7 +246,7 @@ class Sleeper:
     single_observation_space = single_action_space = None
     metadata = {}
 
-    def reset(self, seed):
+    def reset(self, seed, options):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(600)
 
@@ -210,7 +259,7 @@ def test_workers_end_at_once_whatever_they_do(state):
         assert all(answer.metadata == {} for answer in transport.ask([("open", None)] * 2))
         workers = list(transport._workers)
         if state == "busy":
-            transport._send([("reset", 0)] * 2)
+            transport._send([("reset", (0, None))] * 2)
         if state == "stopped":
             os.kill(workers[0].pid, signal.SIGSTOP)
         time.sleep(0.2)
@@ -280,7 +329,7 @@ def test_interrupted_environment_is_closed(tasks):
                 raise KeyboardInterrupt
             return super().ask(requests)
 
-    env = ShardedVectorEnv(2, tasks, transport=Interrupted)
+    env = ShardedVectorEnv(2, tasks[:2], transport=Interrupted)
     env.reset(seed=0)
     with pytest.raises(KeyboardInterrupt):
         env.step(np.zeros(env.action_space.shape))

@@ -100,7 +100,7 @@ def play_zero(task, *, decisions, sgd_lr, adaptive_lr, runs=6):
         loss_scale=(1, 1),
         gain=(1, 1),
     )
-    env = SchedulingVectorEnv(runs, [replace(task, setup=setup)], safe_start=False, autoreset=False)
+    env = SchedulingVectorEnv(runs, [replace(task, setup=setup)], safe_start=False, autoreset_mode="Disabled")
     env.reset(seed=0)
     done = np.zeros(runs, bool)
     while not done.all():
