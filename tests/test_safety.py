@@ -21,6 +21,7 @@ from rlsched.snapshots import SNAPSHOTS, WEIGHTS, Snapshot
 from rlsched.summary import summarise
 from rlsched.tensorboard import RunLog
 from rlsched.traits import OWN_SCALE_TRUST
+from rlsched.validation import unseen
 
 STEPS, DECISIONS = 100, 20
 WINDOW = STEPS // DECISIONS
@@ -135,7 +136,7 @@ def test_cut_is_a_tenth_wherever_the_control_stands():
         guard, state = guard_of(network())
         before = schedule.with_lr(state, lr)._replace(lr_offset=-0.5)
         window = window_of([math.nan] * WINDOW)
-        (after,), _, diverges = guard.answer_divergence(RUN, [before], [before], window, summarise(window))
+        (after,), _, diverges = guard.answer_divergence(RUN, [before], [before], window, summarise(window), unseen())
         assert diverges
         assert after.control["lr"] >= LR.low
         assert math.exp(after.control["lr"] + after.lr_offset - lr + 0.5) == pytest.approx(0.1)
@@ -525,7 +526,7 @@ def test_idle_run_goes_back_to_the_base_schedule():
     run = RUN._replace(total_steps=100 * WINDOW)
     state, window = at(5.0, state)._replace(lr_offset=-0.5), window_of([4.0] * WINDOW)
     for _ in range(12):
-        (after,), _, diverges = guard.answer_divergence(run, [state], [state], window, summarise(window))
+        (after,), _, diverges = guard.answer_divergence(run, [state], [state], window, summarise(window), unseen())
         if diverges:
             break
     assert diverges and after.control["lr"] + after.lr_offset == pytest.approx(0)
@@ -540,7 +541,7 @@ def test_pinned_learning_rate_comes_free_again():
     def feed(loss):
         nonlocal state
         window = window_of([loss] * WINDOW)
-        (after,), _, _ = guard.answer_divergence(run, [state], [state], window, summarise(window))
+        (after,), _, _ = guard.answer_divergence(run, [state], [state], window, summarise(window), unseen())
         state = state._replace(bound=after.bound)
 
     feed(1.0)
