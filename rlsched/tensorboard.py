@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsched.control import CONTROLS
+from rlsched.decisions import DecisionLog
 from rlsched.number import exp
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class RunLog:
     The loss and the gradient norm are geometric means of the window.
 
     Args:
-        log_dir: folder of the event file; a writer is made for it, which needs the `tensorboard` package.
+        log_dir: folder of the event file; a writer is made for it, which needs the `tensorboard` package. Beside it
+            lies the file of decisions that `rlsched explain --run` reads.
         writer: a `SummaryWriter` to write to instead.
     """
 
@@ -56,6 +58,7 @@ class RunLog:
             writer = SummaryWriter(str(log_dir))
             writer.add_custom_scalars(LAYOUT)
         self.writer = writer
+        self.decisions = None if log_dir is None else DecisionLog(log_dir)
 
     def decision(
         self, run: Controller, window: Summary, decisions: Sequence[Decision], base_lrs: Sequence[float]
@@ -68,6 +71,8 @@ class RunLog:
             decisions: of each group, or of all; what the policy saw, and its actions.
             base_lrs: learning rates of the base schedule, of the same groups.
         """
+        if self.decisions is not None:
+            self.decisions.add(run, window, decisions)
         if self.writer is None:
             return
         proposed = "proposed_" if run.options.shadow else ""
@@ -101,4 +106,4 @@ class RunLog:
             self.writer.flush()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"writer": None}  # an open file is neither copied nor pickled
+        return {"writer": None, "decisions": None}  # an open file is neither copied nor pickled
