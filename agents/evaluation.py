@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from rlsched.envs import InnerTask, SchedulingVectorEnv
 from rlsched.policy import Policy
@@ -21,6 +22,7 @@ class Evaluation(NamedTuple):
     diverged: NDArray[np.bool_]  # (episodes,): ended by a loss or weight that is not finite
     observations: NDArray[np.float32]  # (timesteps of all episodes, observations)
     paths: dict[str, list[NDArray[np.float64]]]  # of each info: for each episode, its values at every decision
+    episodes: NDArray[np.int64]  # (timesteps of all episodes,): whose observation it is, counted from 0
 
     @property
     def mean_return(self) -> float:
@@ -65,6 +67,7 @@ def evaluate(
     episodes: int = 192,
     seed: int = 1_000_000,
     env: Any = None,
+    show: bool = False,
 ) -> Evaluation:
     """Play one episode in each of `episodes` environments: with what a deployed policy does, its influence included.
 
@@ -76,6 +79,7 @@ def evaluate(
         seed: of the first episode; the others count up. The same seed gives the same episodes to every policy.
         env: a vector environment to play in, for instance one over several processes, in place of a new one. It has to
             be made with `environment_options(policy)`.
+        show: a progress bar.
     """
     if env is None:
         env = SchedulingVectorEnv(episodes, tasks, **environment_options(policy))
@@ -91,9 +95,12 @@ def evaluate(
     returns, diverged = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
     running = np.ones(env.num_envs, bool)
     paths: dict[str, list[list[float]]] = {}
-    seen = []
+    seen, whose = [], []
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    bar = tqdm(total=env.num_envs, desc="episodes", bar_format=shown, leave=False, disable=not show)
     while running.any():
         seen.append(observations[running])
+        whose.append(np.flatnonzero(running))
         actions, memory = policy.act(torch.from_numpy(observations), memory)
         observations, _, done, _, infos = env.step(actions.numpy())
         final = infos.get("final_info", infos)
@@ -107,5 +114,8 @@ def evaluate(
         returns[ended] = final["return"][ended]  # rewards may be scaled
         diverged |= running & (final["diverged"] > 0)
         running &= ~done
+        done_of_each = np.where(running, infos["inner_steps"] / infos["total_steps"], 1.0)
+        bar.update(float(done_of_each.sum()) - bar.n)
+    bar.close()
     arrays = {key: [np.array(values) for values in path] for key, path in paths.items()}
-    return Evaluation(returns, diverged, np.concatenate(seen), arrays)
+    return Evaluation(returns, diverged, np.concatenate(seen), arrays, np.concatenate(whose))
