@@ -113,10 +113,11 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
         print(f"\n{INTERRUPTED}", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get((error.name or "").split(".")[0])
+        package = (error.name or "").split(".")[0]
+        extra = EXTRAS.get(package)
         if extra is None:
             raise
-        print(f"{command} needs {error.name}: pip install 'rlsched[{extra}]'", file=sys.stderr)
+        print(f"{command} needs {package}: pip install 'rlsched[{extra}]'", file=sys.stderr)
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

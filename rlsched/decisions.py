@@ -114,7 +114,7 @@ def read(folder: str | Path) -> RecordedRun:
     policy, last = None, math.inf  # the last step
     for number, line in whole_lines(path):
         try:
-            row = json.loads(line)
+            row = _object(line)
             if HEAD[0] in row:
                 version, policy = (row[key] for key in HEAD)
                 if version != VERSION:
@@ -177,6 +177,16 @@ def _decision(row: dict[str, Any]) -> Recorded:
     )
     loss, influence = _number(row["loss"]), _number(row["influence"])
     return Recorded(step, total_steps, group, loss, observation, action, influence, proposed)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("it is not JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"it must be an object, got {type(row).__name__}")
+    return row
 
 
 def _number(value: Any) -> float:

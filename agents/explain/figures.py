@@ -75,8 +75,10 @@ def decisions_figure(controls: Sequence[str], attribution: Attribution, decision
         heat.invert_yaxis()
         axes[2 * i][1].axis("off")
         figure.colorbar(mesh, cax=axes[2 * i + 1][1], label="attribution")
-    axes[0][0].legend(fontsize="small", ncols=3, loc="upper right")
-    axes[0][0].set_title(f"{decisions.courses[course]}: red raises the action, blue lowers it")
+    axes[0][0].legend(fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1, 1), frameon=False)
+    axes[0][0].set_title(
+        f"{decisions.courses[course]}: red raises the action, blue lowers it", loc="left", fontsize="medium"
+    )
     axes[-1][0].set_xlabel("inner steps")
     return figure
 

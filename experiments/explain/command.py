@@ -42,9 +42,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def explain(options: argparse.Namespace) -> None:
     """Explain as the options say, write it down, and print the story."""
     from rlsched.experiments.explain.explanation import explanation
+    from rlsched.files import make_folder
     from rlsched.policy import SchedulePolicy
 
     policy = SchedulePolicy.load(options.policy)
+    make_folder(options.out)  # one that cannot be made is better known before the first episode
     decisions, source = _decisions(policy, options)
     print(explanation(policy, str(options.policy), decisions, source, show=True).publish(options.out))
 

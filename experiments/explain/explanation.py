@@ -20,7 +20,7 @@ from rlsched.agents.explain.figures import decisions_figure, fidelity_figure, im
 from rlsched.agents.explain.response import Response, responses
 from rlsched.agents.explain.surrogate import FOLDS, Rules, signed, surrogates
 from rlsched.experiments.table import markdown, save
-from rlsched.files import make_folder, write
+from rlsched.files import write
 from rlsched.policy import SchedulePolicy
 from rlsched.signals import OBSERVATIONS
 
@@ -84,7 +84,7 @@ class Explanation(NamedTuple):
                 for line in rules.lines:
                     lines += _wrapped(line, "    ")
         if not self.rules:
-            lines += ["", ONE_RUN]
+            lines += ["", *_wrapped(ONE_RUN, "")]
         return "\n".join(lines)
 
     def _in_numbers(self, i: int, actions: NDArray[np.float64]) -> str:
@@ -102,7 +102,7 @@ class Explanation(NamedTuple):
             "## What actions owe to what was seen",
             "Mean size of the attribution, in units of the action before it is clipped, and what more of the "
             "observation does to the action. The attributions of a decision sum to its action minus that at a typical "
-            f"observation: here they are off by {self.attribution.error:.0e} at most.",
+            f"observation: here they are off by {self.attribution.error:.0e} at most. – marks what never changed.",
         ]
         order = np.argsort(-whole.sum(0), kind="stable")
         rows = [
@@ -132,13 +132,13 @@ class Explanation(NamedTuple):
         rows = [
             [
                 f"`{name}`",
+                OBSERVATIONS[name].meaning,
                 f"{self.attribution.baseline[k]:.2f}",
                 " … ".join(f"{value:.2f}" for value in np.quantile(seen[:, k], [0.05, 0.95])),
-                OBSERVATIONS[name].meaning,
             ]
             for k, name in enumerate(self.policy.observations)
         ]
-        parts.append(markdown(["observation", "typical", "seen, 5 % … 95 %", "meaning"], rows))
+        parts.append(markdown(["observation", "meaning", "typical", "seen, 5 % … 95 %"], rows, labels=2))
         parts += ["## Pictures", *(f"![{path.stem}]({path.name})" for path in pictures)]
         return "\n\n".join(parts) + "\n"
 
@@ -150,7 +150,6 @@ class Explanation(NamedTuple):
         Raises:
             OSError: it cannot be written.
         """
-        make_folder(out)
         pictures = self._pictures(out)
         write(out / DECISIONS, _csv(self._decisions()))
         write(out / ATTRIBUTIONS, _csv(self._attributions()))
