@@ -102,8 +102,11 @@ def response_figure(
         names: of the policy's observations.
     """
     rows = -(-len(order) // COLUMNS)
-    figure = Figure(figsize=(3.0 * COLUMNS, 2.1 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).ravel()
+    width, height = 3.0 * COLUMNS, 2.1 * rows + 0.9  # inches
+    figure = Figure(figsize=(width, height))  # margins by hand: the layout engine takes seconds for so many panels
+    margins = {"left": 0.45 / width, "right": 1 - 0.1 / width, "bottom": 0.85 / height, "top": 1 - 0.4 / height}
+    grid = {**margins, "wspace": 0.12, "hspace": 0.35}
+    axes = figure.subplots(rows, COLUMNS, squeeze=False, sharey=True, gridspec_kw=grid).ravel()
     for axis, name in zip(axes, order, strict=False):
         response = found[name]
         values = response.values
@@ -126,8 +129,8 @@ def response_figure(
     title = (
         f"{control}: action before clipping, by what is seen (band: the middle 80 % of the decisions; gray: how often)"
     )
-    figure.suptitle(title, fontsize="medium")
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize="small")
+    figure.suptitle(title, fontsize="medium", y=1 - 0.1 / height, va="top")
+    figure.legend(handles, labels, loc="lower center", ncols=2, fontsize="small", frameon=False)
     return figure
 
 

@@ -351,7 +351,7 @@ def test_pictures_show_every_control_and_feature():
     widths = [bar.get_width() for bar in bars.patches]
     assert sorted(order) == sorted(found.features) and widths == sorted(widths, reverse=True)
     axes = decisions_figure(CONTROLS, found, decisions, 2).axes
-    assert axes[0].get_title().startswith("run 2") and len(axes) >= 4 * len(CONTROLS)
+    assert axes[0].get_title("left").startswith("run 2") and len(axes) >= 4 * len(CONTROLS)
     figure = response_figure("momentum", 1, curves, list(SEEN), decisions, SEEN)
     lines = {axis.get_xlabel(): axis.lines for axis in figure.axes if axis.get_xlabel()}
     assert lines.keys() == set(SEEN)
