@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from rlsched.envs import InnerTask, SchedulingVectorEnv
 from rlsched.envs.mixtures import mixture
@@ -24,6 +25,7 @@ class Evaluation(NamedTuple):
     paths: dict[
         str, list[NDArray[Any]]
     ]  # of each info: for each episode, its values at every decision, float64 or text
+    episodes: NDArray[np.int64]  # (timesteps of all episodes,): whose observation it is, counted from 0
 
     @property
     def mean_return(self) -> float:
@@ -68,6 +70,7 @@ def evaluate(
     episodes: int = 192,
     seed: int = 1_000_000,
     env: Any = None,
+    show: bool = False,
 ) -> Evaluation:
     """Play one episode in each of `episodes` environments: with what a deployed policy does, its influence included.
 
@@ -79,6 +82,7 @@ def evaluate(
         seed: of the first episode; the others count up. The same seed gives the same episodes to every policy.
         env: a vector environment to play in, for instance one over several processes, in place of a new one. It has to
             be made with `environment_options(policy)`.
+        show: a progress bar.
     """
     if env is None:
         env = SchedulingVectorEnv(episodes, mixture(tasks)[:episodes], **environment_options(policy))
@@ -94,9 +98,12 @@ def evaluate(
     returns, diverged = np.zeros(env.num_envs), np.zeros(env.num_envs, bool)
     running = np.ones(env.num_envs, bool)
     paths: dict[str, list[list[Any]]] = {}
-    seen = []
+    seen, whose = [], []
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    bar = tqdm(total=env.num_envs, desc="episodes", bar_format=shown, leave=False, disable=not show)
     while running.any():
         seen.append(observations[running])
+        whose.append(np.flatnonzero(running))
         actions, memory = policy.act(torch.from_numpy(observations), memory)
         observations, _, done, _, infos = env.step(actions.numpy())
         final = infos.get("final_info", infos)
@@ -110,8 +117,11 @@ def evaluate(
         returns[ended] = final["return"][ended]  # rewards may be scaled
         diverged |= running & (final["diverged"] > 0)
         running &= ~done
+        done_of_each = np.where(running, infos["inner_steps"] / infos["total_steps"], 1.0)
+        bar.update(float(done_of_each.sum()) - bar.n)
+    bar.close()
     arrays = {
         key: [np.array(values, str if isinstance(values[0], str) else np.float64) for values in path]
         for key, path in paths.items()
     }
-    return Evaluation(returns, diverged, np.concatenate(seen), arrays)
+    return Evaluation(returns, diverged, np.concatenate(seen), arrays, np.concatenate(whose))

@@ -6,7 +6,6 @@ import json
 import platform
 import re
 import subprocess
-import warnings
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 import rlsched
-from rlsched.files import append, make_folder
+from rlsched.files import append, end_last_line, make_folder, whole_lines
 
 Row = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
@@ -43,7 +42,7 @@ class Journal(Generic[Key]):
         self.rows = read(path, key)
         self._key = key
         self._provenance = provenance()
-        self._end_the_last_line()
+        end_last_line(path)
 
     def __contains__(self, key: object) -> bool:
         return key in self.rows
@@ -59,18 +58,6 @@ class Journal(Generic[Key]):
         append(self.path, json.dumps(row).encode() + b"\n")
         self.rows[key] = row
 
-    def _end_the_last_line(self) -> None:
-        """Cut off what a kill in mid-write has left, so that the next row begins a line."""
-        content = self.path.read_bytes()
-        start = content.rfind(b"\n") + 1
-        if start == len(content):
-            return
-        with self.path.open("ab") as file:
-            if _is_json(content[start:]):
-                file.write(b"\n")
-            else:
-                file.truncate(start)
-
 
 def read(path: Path, key: Callable[[Row], Key]) -> dict[Key, Row]:
     """The results in a file of JSON lines; of several for the same key, the last one.
@@ -79,10 +66,7 @@ def read(path: Path, key: Callable[[Row], Key]) -> dict[Key, Row]:
         ValueError: a line is no result. One that was cut off as it was written is left out, with a warning.
     """
     rows = {}
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith((b"\n", b"\r")) and not _is_json(line):
-            warnings.warn(f"{path}, line {number}, was cut off as it was written: it is left out", stacklevel=3)
-            break
+    for number, line in whole_lines(path):
         try:
             row = json.loads(line)
             rows[key(row)] = row
@@ -115,11 +99,3 @@ def provenance() -> dict[str, str]:
 def _processor() -> str:
     found = re.search(r"model name\s*: (.*)", CPUINFO.read_text()) if CPUINFO.exists() else None
     return found[1] if found else platform.processor()
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 # Verbs import what they need: torch takes seconds, in which Ctrl-C should be heard, and `--version` needs nothing.
 DESCRIPTION = "Learned schedules for PyTorch optimizers: train a scheduling policy, and compare it with others."
 INTERRUPTED = "interrupted: the same command goes on from here"
-EXTRAS = {"gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "scipy", "sklearn", "matplotlib", "tqdm"}
+EXTRAS = {  # the extra that brings a package
+    **dict.fromkeys(("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard"), "train"),
+    **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm"), "train"),
+    "captum": "analysis",
+}
 
 TRAIN = """\
 Train a scheduling policy with PPO on generated inner training tasks. A run that was interrupted goes on
@@ -109,9 +113,11 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
         print(f"\n{INTERRUPTED}", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in EXTRAS:
+        package = (error.name or "").split(".")[0]
+        extra = EXTRAS.get(package)
+        if extra is None:
             raise
-        print(f"{command} needs {error.name}: pip install 'rlsched[train]'", file=sys.stderr)
+        print(f"{command} needs {package}: pip install 'rlsched[{extra}]'", file=sys.stderr)
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -172,12 +178,13 @@ def _quiet_threads() -> Iterator[None]:
 def _parser() -> Parser:
     parser = Parser("rlsched", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"rlsched {rlsched.__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,compare,benchmark,export}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,compare,benchmark,export,explain}")
     for name, summary, text, fill, run in (
         ("train", "train a scheduling policy", TRAIN, _train_options, _train),
         ("compare", "compare a policy with other schedules", COMPARE, _compare_options, _compare),
         ("benchmark", "measure policies on a suite of tasks", None, _benchmark_options, _benchmark),
         ("export", "export a policy file from a training run", EXPORT, _export_options, _export),
+        ("explain", "why a policy decides as it does", None, _explain_options, _explain),
     ):
         raw = argparse.RawDescriptionHelpFormatter
         verb = verbs.add_parser(name, help=summary, description=text, formatter_class=raw, fill=fill)
@@ -200,6 +207,12 @@ def _compare_options(parser: Parser) -> None:
 
 def _benchmark_options(parser: Parser) -> None:
     from rlsched.experiments.benchmark.command import add_options
+
+    add_options(parser)
+
+
+def _explain_options(parser: Parser) -> None:
+    from rlsched.experiments.explain.command import add_options
 
     add_options(parser)
 
@@ -294,6 +307,13 @@ def _benchmark(options: argparse.Namespace) -> None:
     from rlsched.experiments.benchmark.command import benchmark
 
     benchmark(options)
+
+
+def _explain(options: argparse.Namespace) -> None:
+    with _importing():
+        from rlsched.experiments.explain.command import explain
+
+    explain(options)
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -264,6 +264,8 @@ class Controller(TrainingRun):
         base_lrs = [groups.lr_of_base_schedule(i, self._decay()) for i in range(len(states))]
         proposed = [{**groups.decided[i], LR.name: groups.lr(i, base_lr)} for i, base_lr in enumerate(base_lrs)]
         self.proposals = [{name: values[name] for name in self.policy.controls} for values in proposed]
+        if self.log.decisions is not None:
+            self.log.decisions.add(self, summary, decisions)
         if self.log.is_heard:
             told = figures_of(self, summaries, summary, decisions, base_lrs, self._written)
             self.log.decision(self.step_count, told)

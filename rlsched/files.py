@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import platform
 import sys
@@ -59,6 +60,46 @@ def append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(size)
             raise
+
+
+def end_last_line(path: Path) -> None:
+    """Cut off what a kill in mid-write has left of a file of JSON lines, so that the next one begins a line.
+
+    It is made where there is none.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.touch()
+    content = path.read_bytes()
+    start = content.rfind(b"\n") + 1
+    if start == len(content):
+        return
+    with path.open("ab") as file:
+        if _is_json(content[start:]):
+            file.write(b"\n")
+        else:
+            file.truncate(start)
+
+
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file of JSON lines, with their numbers.
+
+    A last one that was cut off as it was written is left out, with a warning.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith((b"\n", b"\r")) and not _is_json(line):
+            warnings.warn(f"{path}, line {number}, was cut off as it was written: it is left out", stacklevel=4)
+            return
+        yield number, line
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def make_folder(path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsched.decisions import DecisionLog
 from rlsched.figures import FIGURES, INTERVENTION, POLICY_CHARTS, VALIDATION_LOSS, figure_table
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ class RunLog:
     """Tells of decisions, validations and interventions.
 
     Args:
-        log_dir: folder of the event file; a writer is made for it, which needs the `tensorboard` package.
+        log_dir: folder of the event file; a writer is made for it, which needs the `tensorboard` package. Beside it
+            lies the file of decisions that `rlsched explain --run` reads.
         writer: a `SummaryWriter` to write to instead.
 
     Attributes:
         writer: of TensorBoard, or None.
-        listeners: are called at each decision; neither copied nor pickled, like the writer.
+        decisions: the file of decisions, or None.
+        listeners: are called at each decision; neither copied nor pickled, like the others.
     """
 
     def __init__(self, log_dir: str | Path | None = None, writer: SummaryWriter | None = None) -> None:
@@ -53,6 +56,7 @@ class RunLog:
                 raise ImportError("log_dir needs TensorBoard: pip install 'rlsched[tensorboard]'") from error
             writer = SummaryWriter(str(log_dir))
         self.writer: SummaryWriter | None = None
+        self.decisions = None if log_dir is None else DecisionLog(log_dir)
         self.listeners: list[Listener] = []
         if writer is not None:
             self.write_to(writer)
@@ -89,4 +93,4 @@ class RunLog:
             self.writer.flush()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"writer": None, "listeners": []}  # an open file is neither copied nor pickled
+        return {"writer": None, "decisions": None, "listeners": []}  # an open file is neither copied nor pickled

@@ -35,7 +35,7 @@ ALLOWED = {
         "summary",
         "validation",
     },
-    "agents": {"envs", "actors", "base_schedule", "control", "domain", "files", "policy", "signals"},
+    "agents": {"envs", "actors", "base_schedule", "control", "decisions", "domain", "files", "policy", "signals"},
     "rlsched/integrations": {"checkpoint", "controller", "notices", "optimizer", "options"},
 }
 

@@ -26,6 +26,8 @@ TASK = classifier(SOURCE, (8,), batch_size=8, interval=4, setup=SetupDistributio
 SIZES = {"num-envs": 8, "n-steps": 4, "batch-size": 16, "timesteps": 64, "processes": 1, "eval-episodes": 4}
 TINY = ["--tasks", f"{__name__}:TASK", *(word for name, value in SIZES.items() for word in (f"--{name}", str(value)))]
 
+VERBS = "{train,compare,benchmark,export,explain}"
+
 BROKEN = """
 import torch
 from rlsched.envs import InnerTask
@@ -147,8 +149,8 @@ def test_wrong_input_is_one_clear_line_and_claims_no_folder(arguments, message, 
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "rlsched: error: the following arguments are required: {train,compare,benchmark,export} (see rlsched --help)"),
-    (["tune"], "rlsched: error: argument {train,compare,benchmark,export}: invalid choice: 'tune'"),
+    ([], f"rlsched: error: the following arguments are required: {VERBS} (see rlsched --help)"),
+    (["tune"], f"rlsched: error: argument {VERBS}: invalid choice: 'tune'"),
     (["train", "--timesteps", "1e6"], "rlsched train: error: argument --timesteps: invalid int value: '1e6'"),
     (["compare", "--steps", "nan"], "rlsched compare: error: argument --steps: invalid int value: 'nan'"),
     (["export", "runs/mine"], "rlsched export: error: the following arguments are required: --out"),
@@ -189,7 +191,7 @@ def test_full_disk_is_one_clear_line(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in said and "Exception in thread" not in said
 
 
-@pytest.mark.parametrize("verb", ["train", "compare", "benchmark", "export"])
+@pytest.mark.parametrize("verb", ["train", "compare", "benchmark", "export", "explain"])
 def test_help_has_examples(verb, capsys):
     """Somebody who asks for help wants a line to copy."""
     with pytest.raises(SystemExit) as end:
