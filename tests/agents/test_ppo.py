@@ -26,7 +26,7 @@ from rlsched.policy import SchedulePolicy
 @pytest.fixture
 def _no_pictures(monkeypatch):
     """Drawing them takes longer than the training."""
-    monkeypatch.setattr("rlsched.agents.ppo.episode_paths", lambda policy, zero: Figure((1, 1)))
+    monkeypatch.setattr("rlsched.agents.callbacks.episode_paths", lambda policy, zero: Figure((1, 1)))
 
 
 def events_of(run_dir):
@@ -198,7 +198,7 @@ def test_scores_are_those_of_the_policy_with_its_domain(make_config, monkeypatch
         played.append(policy)
         return evaluate(policy, **options)
 
-    monkeypatch.setattr("rlsched.agents.ppo.evaluate", recorded)
+    monkeypatch.setattr("rlsched.agents.callbacks.evaluate", recorded)
     policy = train(make_config())
     _, *explored, final = played  # the first is the zero policy
     assert len(explored) == 3 and all(explorer.domain is None for explorer in explored)
@@ -211,7 +211,7 @@ def test_killed_in_the_last_evaluation_loses_no_update(make_config, monkeypatch)
     """Everything is trained by then: going on must finish the run, and train nothing."""
     config = make_config(timesteps=64)
     with monkeypatch.context() as patch:
-        patch.setattr("rlsched.agents.ppo._EvaluationCallback.finish", lambda self: 1 / 0)
+        patch.setattr("rlsched.agents.callbacks.EvaluationCallback.finish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     saved = export(PPO.load(Path(config.run_dir) / "checkpoint.zip", device="cpu"))
@@ -409,7 +409,7 @@ def test_export_in_the_folder_is_no_finished_run(make_config, monkeypatch):
     """A policy that was exported from the checkpoint, and not evaluated, would end the run before its end."""
     config = make_config(timesteps=32)
     with monkeypatch.context() as patch:
-        patch.setattr("rlsched.agents.ppo._EvaluationCallback.finish", lambda self: 1 / 0)
+        patch.setattr("rlsched.agents.callbacks.EvaluationCallback.finish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     load_checkpoint(config.run_dir).save(Path(config.run_dir) / "policy.safetensors")
