@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -11,21 +13,30 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import trim_mean
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Figure, HParam
 
 from rlsched.agents.config import TrainConfig
 from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, tuned
 from rlsched.agents.export import AVERAGE, DOMAIN, actor_weights, export
-from rlsched.agents.figures import episode_paths
+from rlsched.agents.tensorboard import (
+    ACTIONS,
+    OBSERVATIONS,
+    ROLLOUT_FAMILY,
+    ROLLOUT_OPTIMIZER,
+    SPEED,
+    TrainingLog,
+    means,
+    optimizer_kind,
+    regret,
+)
 from rlsched.domain import Domain
-from rlsched.envs.mixtures import mixture, names
 from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv
 from rlsched.files import write
 from rlsched.policy import SchedulePolicy
+
+HISTOGRAMS = 25  # of each action and observation in a training, at most: the log would be made of them
 
 AnyVectorEnv = SchedulingVectorEnv | ShardedVectorEnv
 
@@ -108,13 +119,15 @@ class EvaluationCallback(_Callback):
     Args:
         config: of the training.
         make: makes a vector environment of its tasks, from the number of runs and options of `SchedulingVectorEnv`.
+        log: where the scores go.
         bar: the progress bar, which says what is being done.
     """
 
-    def __init__(self, config: TrainConfig, make: Callable[..., AnyVectorEnv], bar: Any) -> None:
+    def __init__(self, config: TrainConfig, make: Callable[..., AnyVectorEnv], log: TrainingLog, bar: Any) -> None:
         super().__init__()
-        self.config, self.make, self.bar = config, make, bar
+        self.config, self.make, self.log, self.bar = config, make, log, bar
         self.updates = 0
+        self.seconds = 0.0  # that evaluations took
         self.env: AnyVectorEnv | None = None
         self.zero: Evaluation | None = None
         self.tuned: NDArray[np.float64] | None = None  # returns of the base schedule from the best base learning rate
@@ -122,9 +135,10 @@ class EvaluationCallback(_Callback):
 
     def _on_rollout_start(self) -> None:
         if self.updates % self.config.eval_every == 0:
+            start = time.perf_counter()
             self.explore()
             self.record()
-            self.logger.dump(self.model.num_timesteps)
+            self.seconds += time.perf_counter() - start
         self.updates += 1
 
     def explore(self) -> None:
@@ -150,14 +164,8 @@ class EvaluationCallback(_Callback):
 
     def record(self) -> None:
         """Log the latest evaluation."""
-        assert self.latest is not None and self.zero is not None
-        for name, value in self.scores().items():
-            self.logger.record(f"eval/{name}", value)
-        for name, regret in self.regrets().items():
-            self.logger.record(f"regret/{name}", regret)
-        self.logger.record(
-            "eval/episodes", Figure(episode_paths(self.latest, self.zero), close=True), exclude=("stdout", "log")
-        )
+        assert self.latest is not None and self.zero is not None and self.tuned is not None
+        self.log.evaluation(self.latest, self.zero, self.tuned, self.model.num_timesteps)
 
     def close(self) -> None:
         if self.env is not None:
@@ -165,39 +173,89 @@ class EvaluationCallback(_Callback):
 
     def scores(self) -> dict[str, float]:
         assert self.latest is not None and self.zero is not None and self.tuned is not None
+        gains = self.latest.returns - self.zero.returns
         return {
             "return": self.latest.mean_return,
             "return_of_zero_policy": self.zero.mean_return,
-            "gain": float((self.latest.returns - self.zero.returns).mean()),
-            "median_gain": float(np.median(self.latest.returns - self.zero.returns)),
-            "share_better": float((self.latest.returns > self.zero.returns).mean()),
+            "gain": float(gains.mean()),
+            "median_gain": float(np.median(gains)),
+            "share_better": float((gains > 0).mean()),
             "diverged": float(self.latest.diverged.mean()),
-            "regret": float(trim_mean(self.tuned - self.latest.returns, 0.25)),
+            "regret": regret(self.latest, self.tuned),
         }
 
-    def regrets(self) -> dict[str, float]:
-        """By family: the mean return that is missing to the base schedule from the best of several learning rates."""
-        assert self.latest is not None and self.tuned is not None
-        regrets, families = self.tuned - self.latest.returns, mixture(self.config.tasks)
-        played = names(families)[: len(regrets)]
-        return {name: float(regrets[i :: len(families)].mean()) for i, name in enumerate(played)}
-
     def finish(self) -> SchedulePolicy:
-        """Evaluate the final policy with its domain, log it with the hyperparameters, and give it its scores."""
+        """Evaluate the final policy with its domain, log it, and give it its scores."""
         self.explore()
         policy = export(self.model)
         self.play(policy)
         self.record()
-        scores = {name: round(value, 4) for name, value in self.scores().items()}
-        hyperparameters = self.config.hyperparameters()
-        flat = {key: str(v) if isinstance(v, list) else v for key, v in hyperparameters.items()}
-        self.logger.record(
-            "hparams", HParam(flat, {f"eval/{name}": value for name, value in scores.items()}), exclude=("stdout",)
-        )
         done = self.model.num_timesteps
-        self.logger.dump(done)
-        policy.info = {"training": {**hyperparameters, "timesteps_done": done}, "evaluation": scores}
+        self.logger.dump(done)  # of the last update
+        self.log.finish()
+        scores = {name: round(value, 4) for name, value in self.scores().items()}
+        policy.info = {
+            "training": {**self.config.hyperparameters(), "timesteps_done": done},
+            "evaluation": scores,
+        }
         return policy
+
+
+class LogCallback(_Callback):
+    """Logs the episodes that are trained on, what was seen and done in them, and the speed of it all.
+
+    It has to come after the evaluation, whose time is not counted.
+
+    Args:
+        config: of the training.
+        log: where it all goes.
+        evaluation: says how long it took.
+    """
+
+    def __init__(self, config: TrainConfig, log: TrainingLog, evaluation: EvaluationCallback) -> None:
+        super().__init__()
+        self.config, self.log, self.evaluation = config, log, evaluation
+        self.rollout = config.num_envs * config.n_steps
+        updates = math.ceil(config.timesteps / self.rollout)
+        self.every = math.ceil(updates / HISTOGRAMS)
+        sets = np.arange(config.num_envs) // config.clones
+        self.family_of = [log.families[i % len(log.families)] for i in sets]  # of each inner run
+        self.started: float | None = None
+
+    def _on_training_start(self) -> None:
+        self.log.begin(self.model.num_timesteps)
+
+    def _on_rollout_start(self) -> None:
+        self.logger.dump(self.model.num_timesteps)  # of the update that was
+        now = time.perf_counter() - self.evaluation.seconds
+        if self.started is not None:
+            self.log.scalars({SPEED: self.rollout / (now - self.started)}, self.model.num_timesteps)
+        self.started = now
+        # Of the episodes that have ended since.
+        self.returns: list[float] = []
+        self.families: list[str] = []
+        self.optimizers: list[str] = []
+
+    def _on_step(self) -> bool:
+        for family, info in zip(self.family_of, self.locals["infos"], strict=True):
+            if "episode" in info:
+                self.returns.append(info["episode"]["r"])
+                self.families.append(family)
+                self.optimizers.append(optimizer_kind(info["adaptive"]))
+        return True
+
+    def _on_rollout_end(self) -> None:
+        step, returns = self.model.num_timesteps, np.array(self.returns)
+        self.log.scalars(means(ROLLOUT_FAMILY, returns, self.families), step)
+        self.log.scalars(means(ROLLOUT_OPTIMIZER, returns, self.optimizers), step)
+        if step // self.rollout % self.every == 0:
+            buffer = self.model.rollout_buffer  # the critic's own columns come after the observations
+            actions = buffer.actions.clip(-1, 1)  # (n_steps, num_envs, controls), as the environment took them
+            for tags, names, values in (
+                (ACTIONS, self.config.controls, actions),
+                (OBSERVATIONS, self.config.observations, buffer.observations),
+            ):
+                self.log.histograms(tags, {name: values[..., i] for i, name in enumerate(names)}, step)
 
 
 class ProgressCallback(BaseCallback):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
 from rlsched.actors import ACTORS
@@ -23,11 +22,13 @@ from rlsched.agents.callbacks import (
     CheckpointCallback,
     ClonesCallback,
     EvaluationCallback,
+    LogCallback,
     ProgressCallback,
 )
 from rlsched.agents.config import TrainConfig
 from rlsched.agents.critic import Privileged, PrivilegedCriticPolicy
 from rlsched.agents.export import CHECKPOINT, INTERFACE, interface_of, learner
+from rlsched.agents.tensorboard import TrainingLog
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.mixtures import mixture
 from rlsched.envs.scheduling import SchedulingVectorEnv
@@ -36,21 +37,15 @@ from rlsched.files import locked, write
 from rlsched.policy import SchedulePolicy
 
 CONFIG, POLICY = "config.json", "policy.safetensors"
-LAYOUT = {
-    "training": {
-        "return": ["Multiline", ["eval/return", "eval/return_of_zero_policy", "rollout/ep_rew_mean"]],
-        "gain over the base schedule": ["Multiline", ["eval/gain", "eval/median_gain"]],
-    }
-}
 
 
 def train(config: TrainConfig | None = None) -> SchedulePolicy:
     """Train a scheduling policy, or go on where an interrupted training in `config.run_dir` stopped.
 
     The folder gets `config.json`, `checkpoint.zip` (after every update; a Stable-Baselines3 model), TensorBoard event
-    files, and at the end `policy.safetensors`; each is whole whenever the training is killed. It is this training's
-    alone as long as that goes on, and nothing is written to it before all that can be checked has been. A finished run
-    is loaded, and nothing is trained, unless `config.timesteps` is now more than it had: then it is trained further.
+    files in `training`, and at the end `policy.safetensors`; each is whole whenever the training is killed. It is this
+    training's alone as long as that goes on, and nothing is written to it before all that can be checked has been. A
+    finished run is loaded, and nothing is trained, unless `config.timesteps` is now more than it had: then it goes on.
 
     Raises:
         ValueError: `run_dir` holds a run with other hyperparameters, or a file that cannot be read; the tasks cannot
@@ -81,10 +76,11 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
         write(run_dir / CONFIG, f"{json.dumps(config.hyperparameters(), indent=2)}\n".encode())
-        model.set_logger(_tensorboard(run_dir))
-        stack.callback(model.logger.close)
+        log = TrainingLog(run_dir, config)
+        stack.callback(log.close)
+        model.set_logger(log.logger)
         bar = stack.enter_context(_progress_bar(config, model.num_timesteps))
-        evaluation = EvaluationCallback(config, partial(_vector_env, config), bar)
+        evaluation = EvaluationCallback(config, partial(_vector_env, config), log, bar)
         stack.callback(evaluation.close)
         checkpoints = CheckpointCallback(checkpoint)
         callbacks: list[BaseCallback] = [
@@ -92,6 +88,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
             AveragingCallback(config.averaging),
             checkpoints,
             evaluation,
+            LogCallback(config, log, evaluation),
             ProgressCallback(bar, evaluation),
         ]
         remaining = max(0, config.timesteps - model.num_timesteps)
@@ -190,13 +187,6 @@ def _resume(checkpoint: Path, env: VectorEnvAdapter, config: TrainConfig) -> PPO
 def _learning_rate(config: TrainConfig) -> Any:
     start, end = config.learning_rate, config.final_learning_rate
     return lambda remaining: end + (start - end) * remaining
-
-
-def _tensorboard(run_dir: Path) -> Logger:
-    """A logger to event files in `run_dir`, with the policy and the base schedule in one chart (Custom Scalars)."""
-    output = TensorBoardOutputFormat(str(run_dir))
-    output.writer.add_custom_scalars(LAYOUT)
-    return Logger(str(run_dir), [output])
 
 
 def _progress_bar(config: TrainConfig, done: int) -> Any:

@@ -80,7 +80,7 @@ def test_tasks_in_a_module_of_this_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
     monkeypatch.delitem(sys.modules, "my_tasks_here", raising=False)
-    monkeypatch.setattr("rlsched.agents.callbacks.episode_paths", lambda policy, zero: Figure((1, 1)))  # takes seconds
+    monkeypatch.setattr("rlsched.agents.tensorboard.episode_picture", lambda *_: Figure((1, 1)))  # takes seconds
     sizes = [word for word in TINY if word not in TINY[:2]]
     options = ["--observations", "progress", "loss_trend", "--controls", "lr", "clip", "--hidden", "4"]
     assert main(["train", "--run-dir", "run", "--tasks", "my_tasks_here:MINE", *sizes, *options]) == 0
