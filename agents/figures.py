@@ -90,16 +90,14 @@ def episode_picture(policy: Evaluation, zero: Evaluation, episode: int, called: 
 
 def _logarithmic(axis: Axes, values: NDArray[np.float64]) -> None:
     """A logarithmic axis with a few plain numbers, whether it spans a tenth of a decade or ten of them."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log")
     decades = np.ptp(np.log10(values))
-    if decades > 0.3:
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1,), numticks=6))
-    else:
+    if decades < 0.7:  # of any range of so many decades, a few of these numbers are in it
         middle = float(np.sqrt(values.max()) * np.sqrt(values.min()))
-        axis.set_ylim(middle / 2, middle * 2)
-        axis.yaxis.set_major_locator(FixedLocator([middle / 1.5, middle, middle * 1.5]))
+        axis.set_ylim(middle / 2.3, middle * 2.3)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1,), numticks=6))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 

@@ -30,9 +30,9 @@ BASE, TUNED = "base_schedule", "tuned"  # runs below it
 
 # Tags are numbered in the order in which they are to be read, for TensorBoard sorts them.
 RETURN = "1 return/all episodes"
-GAIN = "1 return/gain over the base schedule"
+GAIN = "1 return/gain over base"
 REGRET = "1 return/regret to tuned"
-BETTER = "1 return/share better than the base schedule"
+BETTER = "1 return/share better than base"
 DIVERGED = "1 return/share diverged"
 METRICS = (RETURN, GAIN, REGRET, BETTER, DIVERGED)
 REGRET_OF = "2 regret by family"
@@ -72,7 +72,8 @@ MEANINGS = {
     f"`{GAIN}`": "return of the policy − return of the base schedule, mean",
     f"`{REGRET}`": f"return of `{TUNED}` − return of the policy, interquartile mean; below 0 the policy is better than "
     "tuning",
-    f"`{BETTER}`, `{DIVERGED}`": "shares of the episodes",
+    f"`{BETTER}`": "share of the episodes in which the policy is better than the base schedule",
+    f"`{DIVERGED}`": "share of the episodes in which the policy diverged",
     f"`{REGRET_OF}`": "the regret in each family of tasks, mean: where there is still to learn",
     f"`{EPISODES}`": "what the policy made of lr, momentum, clipping and weight decay in a few episodes, beside the "
     "base schedule. Click at a picture to see it in full size",
@@ -87,15 +88,15 @@ MEANINGS = {
 HOW_TO_READ = f"""\
 # How to read this page
 
-Each *episode* is the training of a small network. Its **return** is log(first / last validation loss): a return that is
-higher by 0.7 is a final loss that is half as high. Every so often the policy plays the same episodes as before. It is
-compared with two references in these, which are runs of their own, so that TensorBoard draws them in the same charts:
+Each *episode* is the training of a small network. Its **return** is log(first / last validation loss): a return that \
+is higher by 0.7 is a final loss that is half as high. Every so often the policy plays the same episodes as before. It \
+is compared with two references in these, which are runs of their own: so TensorBoard draws them in the same charts.
 
 - `{BASE}`: the base schedule, from the same base learning rates, without a policy;
-- `{TUNED}`: the base schedule from the best of several base learning rates, chosen for each episode in hindsight. It is
-  what a user has who tunes the learning rate of each task.
+- `{TUNED}`: the base schedule from the best of several base learning rates, chosen for each episode in hindsight. It \
+is what a user has who tunes the learning rate of each task.
 
-**Time Series** is numbered in the order in which to read it. **Custom Scalars** tells the story in three charts.
+**Time Series** is numbered in the order in which to read it. **Custom Scalars** tells the story in three charts. \
 **HParams** has the configuration and the latest scores, to compare trainings by.
 """
 
