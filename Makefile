@@ -14,7 +14,7 @@ help: ## list the targets
 
 demo: $(STAMP) ## train a small policy and compare it with other schedules
 	$(BIN)/rlsched train --preset demo --run-dir runs/demo
-	$(BIN)/rlsched compare --policy runs/demo/policy.safetensors --tasks digits --out runs/demo/compare
+	$(BIN)/rlsched compare --policy runs/demo/policy.safetensors --tasks digits --out runs/demo-compare
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -2,43 +2,105 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rlsched.agents.evaluation import Evaluation
 from rlsched.control import CONTROLS
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What each row of pictures shows, by the info that it is of.
-ROWS = {name: name.replace("_", " ") for name in (*CONTROLS, "validation_loss")}
-LINEAR = {"momentum": (0.0, 1.0)}  # the limits of what is not shown on a logarithmic axis
+# What each row of a picture shows, by the info that it is of.
+ROWS = {
+    **{name: name.replace("_", " ") for name in CONTROLS},
+    "clip": "clip (× mean norm)",
+    "validation_loss": "validation loss",
+}
+LINEAR = {"momentum": (-0.03, 1.03)}  # the limits of what is not shown on a logarithmic axis
+POLICY_STYLE = {"color": "tab:red", "linewidth": 2.0}
+BASE_STYLE = {"color": "tab:blue", "linewidth": 1.5, "linestyle": "--"}
 
 
-def episode_paths(policy: Evaluation, zero: Evaluation, episodes: int = 4) -> Figure:
-    """All controls and the validation loss of the first episodes, beside those of the zero policy."""
+def samples(families: Sequence[str], optimizers: Sequence[str], number: int = 4) -> list[int]:
+    """Episodes to show: of families from all over the mixture, the kinds of optimizers in turn.
+
+    Args:
+        families, optimizers: of each episode.
+        number: of samples, or as many as there are episodes.
+    """
+    known, kinds = list(dict.fromkeys(families)), sorted(set(optimizers))
+    if len(known) > number:
+        known = [known[round(i)] for i in np.linspace(0, len(known) - 1, number)]
+    chosen: list[int] = []
+    for k in range(min(number, len(families))):
+        family, kind = known[k % len(known)], kinds[(k % len(known) + k // len(known)) % len(kinds)]
+        left = [i for i in range(len(families)) if i not in chosen]
+        chosen.append(min(left, key=lambda i: (families[i] != family, optimizers[i] != kind)))
+    return chosen
+
+
+def episode_picture(policy: Evaluation, zero: Evaluation, episode: int, called: str) -> Figure:
+    """All controls and the validation loss of an episode, beside those of the base schedule, one below the other."""
     from matplotlib.figure import Figure
 
-    episodes = min(episodes, len(policy.returns))
-    width, height = 1 + 3 * episodes, 2 * len(ROWS)  # inches
+    width, height = 5.2, 1.3 * len(ROWS) + 1.3  # inches
     figure = Figure(figsize=(width, height))  # margins by hand: the layout engines of matplotlib take seconds
-    margins = {"left": 0.9 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.4 / height}
     axes = figure.subplots(
-        len(ROWS), episodes, sharex="col", squeeze=False, gridspec_kw={**margins, "wspace": 0.28, "hspace": 0.12}
+        len(ROWS),
+        sharex=True,
+        gridspec_kw={
+            "left": 0.95 / width,
+            "right": 1 - 0.12 / width,
+            "bottom": 0.5 / height,
+            "top": 1 - 0.82 / height,
+            "hspace": 0.14,
+        },
     )
-    for column in range(episodes):
-        adaptive = policy.paths["adaptive"][column][0] > 0
-        axes[0][column].set_title(f"episode {column}, {'adaptive' if adaptive else 'SGD'}")
-        axes[-1][column].set_xlabel("inner steps")
-        for row, (key, label) in zip(axes[:, column], ROWS.items(), strict=True):
-            row.plot(policy.paths["inner_steps"][column], policy.paths[key][column], label="policy")
-            row.plot(zero.paths["inner_steps"][column], zero.paths[key][column], "--", label="base schedule")
-            if key in LINEAR:
-                row.set_ylim(LINEAR[key])
-            elif min(policy.paths[key][column].min(), zero.paths[key][column].min()) > 0:
-                row.set_yscale("log")
-            row.tick_params(which="both", labelsize=7)
-            if column == 0:
-                row.set_ylabel(label)
-    axes[0][0].legend()
+    outcomes = [f"{what} {_outcome(played, episode)}" for what, played in (("policy", policy), ("base", zero))]
+    figure.suptitle(f"{called}\nreturn: {', '.join(outcomes)}", fontsize=11, y=1 - 0.1 / height)
+    for axis, (key, label) in zip(axes, ROWS.items(), strict=True):
+        for played, name, style in ((policy, "policy", POLICY_STYLE), (zero, "base schedule", BASE_STYLE)):
+            axis.plot(played.paths["inner_steps"][episode], played.paths[key][episode], label=name, **style)
+        values = np.concatenate([played.paths[key][episode] for played in (policy, zero)])
+        values = values[np.isfinite(values)]
+        if key in LINEAR:
+            axis.set_ylim(LINEAR[key])
+        elif (values > 0).all() and len(values):
+            _logarithmic(axis, values)
+        elif not values.any():
+            axis.set_yticks([0])
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="upper center",
+        bbox_to_anchor=(0.5, 1 - 0.45 / height),
+        ncols=2,
+        frameon=False,
+    )
+    axes[-1].set_xlabel("inner steps")
+    figure.align_ylabels()
     return figure
+
+
+def _logarithmic(axis: Axes, values: NDArray[np.float64]) -> None:
+    """A logarithmic axis with a few plain numbers, whether it spans a tenth of a decade or ten of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    decades = np.ptp(np.log10(values))
+    if decades < 0.7:  # of any range of so many decades, a few of these numbers are in it
+        middle = float(np.sqrt(values.max()) * np.sqrt(values.min()))
+        axis.set_ylim(middle / 2.3, middle * 2.3)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1,), numticks=6))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+
+
+def _outcome(played: Evaluation, episode: int) -> str:
+    return "diverged" if played.diverged[episode] else f"{played.returns[episode]:.2f}"

@@ -189,15 +189,15 @@ FAMILIES = {name: task.named(name) for name, task in _families.items()}
 
 MIXTURES: dict[str, tuple[InnerTask, ...]] = {
     "mlp": (
-        classifier(TeacherStudent(inputs=24), (32, 32)),
-        classifier(Prototypes(inputs=32, classes=10), (32, 32), batch_size=16),
-        classifier(TeacherStudent(inputs=16, classes=5), (24, 24, 24), activation="gelu"),
-        classifier(Prototypes(inputs=64, classes=10), (48, 48), interval=4),
-        classifier(Prototypes(inputs=24), (32, 32), activation="tanh", interval=5),
-        classifier(Prototypes(inputs=40, classes=10), (48, 24), batch_size=24, interval=16),
+        classifier(TeacherStudent(inputs=24), (32, 32)).named("teacher"),
+        classifier(Prototypes(inputs=32, classes=10), (32, 32), batch_size=16).named("prototypes"),
+        classifier(TeacherStudent(inputs=16, classes=5), (24, 24, 24), activation="gelu").named("teacher-deep"),
+        classifier(Prototypes(inputs=64, classes=10), (48, 48), interval=4).named("prototypes-wide"),
+        classifier(Prototypes(inputs=24), (32, 32), activation="tanh", interval=5).named("prototypes-tanh"),
+        classifier(Prototypes(inputs=40, classes=10), (48, 24), batch_size=24, interval=16).named("prototypes-long"),
     ),
-    "small": (classifier(Prototypes(inputs=16, classes=6), (32,), interval=8),),
-    "digits": (digits(),),
+    "small": (classifier(Prototypes(inputs=16, classes=6), (32,), interval=8).named("small"),),
+    "digits": (digits().named("digits"),),
     "broad": tuple(FAMILIES.values()),
 }
 

@@ -43,7 +43,7 @@ Compare a policy with constant, linear and cosine schedules on real training run
 tuned over five learning rates; the policy gets three base learning rates and takes them as they come. Whether it
 adapts to a run shows in a replay: the same run under the mean of what the policy did with the other seeds (so there
 is none with --seeds 1). Writes runs.jsonl (results already there are kept, another policy's beside them), table.md,
-plot.png and TensorBoard logs to the folder --out.
+plot.png and a TensorBoard log, with a run for each schedule, to the folder --out.
 
 Tasks are digits, mnist (which needs --data), the families of rlsched.envs.FAMILIES, and your own: module:NAME is an
 InnerTask, or a sequence of them, in a module of this folder or an installed one.
@@ -52,7 +52,7 @@ examples:
   rlsched compare --tasks digits
   rlsched compare --policy runs/mine/policy.safetensors --tasks digits --steps 200 800 --seeds 5
   rlsched compare --tasks mnist --data path/to/mnist --steps 400 1000
-  rlsched compare --tasks attention my_module:MY_TASK --out runs/mine/compare
+  rlsched compare --tasks attention my_module:MY_TASK --out runs/mine-compare
 """
 EXPORT = """\
 Export the policy of a training run, finished or not, to a policy file: safetensors with JSON metadata, no pickle.
@@ -203,6 +203,7 @@ def _compare_options(parser: Parser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--data", type=Path, help="folder with the files of tasks that need them (mnist)")
     parser.add_argument("--out", "--log-dir", type=Path, default=Path("runs/compare"), help="(default: runs/compare)")
+    parser.add_argument("--log-runs", action="store_true", help="also log each run of the first seed for TensorBoard")
 
 
 def _benchmark_options(parser: Parser) -> None:
@@ -280,6 +281,8 @@ def _train(options: argparse.Namespace) -> None:
         f"return      {scores['return']:.3f}   (log of first over last validation loss, mean over the same "
         f"{config.eval_episodes} episodes)\n"
         f"base        {scores['return_of_zero_policy']:.3f}   (the base schedule, from the same base learning rates)\n"
+        f"regret      {scores['regret']:.3f}   (what is missing to the base schedule from the best of several base "
+        f"learning rates)\n"
         f"better in   {scores['share_better']:.0%} of the episodes"
     )
 
@@ -296,7 +299,7 @@ def _compare(options: argparse.Namespace) -> None:
     policy = SchedulePolicy.load(options.policy)
     torch.set_num_threads(min(2, torch.get_num_threads()))  # the networks are small: more cost more than they give
     plan = Plan(options.tasks, options.optimizers, options.steps, options.seeds, data=options.data)
-    compare(plan, policy, options.out, str(options.policy))
+    compare(plan, policy, options.out, str(options.policy), log_runs=options.log_runs)
     print(report(options.out))
     print()
     for what, name in (("table", TABLE), ("plot", PLOT), ("results", RUNS), ("TensorBoard", TENSORBOARD)):

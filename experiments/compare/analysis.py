@@ -1,9 +1,12 @@
-"""Table and plot of a comparison, from its `runs.jsonl` and nothing else."""
+"""Table, plot and TensorBoard log of a comparison, from its `runs.jsonl` and nothing else."""
 
 from __future__ import annotations
 
 import math
+import re
+import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from rlsched.experiments.cell import Cell
-from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES, key
+from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES, TENSORBOARD, key
 from rlsched.experiments.journal import Row, read
 from rlsched.experiments.table import markdown, publish
 
@@ -21,6 +24,9 @@ LED = {  # the kinds of run that a policy has, with what they are called and the
     REPLAY: ("replay of its mean", ("tab:orange", "tab:brown", "tab:olive", "navy")),
 }
 FIRST = "first_log_loss"  # of the untrained network: what a diverged run counts as
+LOG_LOSS = "1 log validation loss"  # tags are numbered, for TensorBoard sorts them
+CURVES = {"2 accuracy": 2, "3 learning rate": 3, "4 momentum": 4}  # by the column of a run's curve
+FINAL = "5 final log validation loss"
 WORST = 1.0  # what it counts as in a row of older versions, without `FIRST`: worse than chance among ten classes
 
 
@@ -29,6 +35,13 @@ class Contender(NamedTuple):
 
     schedule: str
     policy: str | None = None
+
+
+class Method(NamedTuple):
+    """A contender with the base learning rate that it is shown at: a factor on the default, or None for the best."""
+
+    contender: Contender
+    factor: float | None
 
 
 class Results:
@@ -63,6 +76,21 @@ class Results:
     def led(self, schedule: str) -> list[Contender]:
         """The contenders of this kind, one for each policy."""
         return [Contender(schedule, digest) for digest in self.names]
+
+    def methods(self) -> Iterator[Method]:
+        """What is compared: a policy and its replay at each of their learning rates, the other schedules at the best.
+
+        None of them lacks runs in all settings.
+        """
+        for contender in dict.fromkeys(contender for runs in self.runs.values() for contender in runs):
+            factors = {factor for runs in self.runs.values() for factor in runs.get(contender, {})}
+            yield from (Method(contender, f) for f in (sorted(factors) if contender.policy else [None]))
+
+    def of(self, method: Method, setting: Cell) -> list[Row]:
+        """The runs of a method in a setting; none where it has none."""
+        by_lr = self.runs[setting].get(method.contender, {})
+        factor = self.best(setting, method.contender) if method.factor is None and by_lr else method.factor
+        return by_lr.get(factor, []) if factor is not None else []
 
     def log_loss(self, setting: Cell, contender: Contender, factor: float) -> float:
         """Mean over the seeds of the final log validation loss, as runs count."""
@@ -146,9 +174,41 @@ def plot(results: Results) -> Figure:
     return figure
 
 
+def tensorboard(results: Results, folder: Path) -> None:
+    """Write a run for each method, with its hyperparameters. The folder is made anew.
+
+    Losses are means over the seeds, learning rates and momenta those of the first.
+    """
+    from torch.utils.tensorboard.summary import hparams
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    shutil.rmtree(folder, ignore_errors=True)
+    for method in results.methods():
+        label, finals = results.label(method.contender), {}
+        at = "tuned" if method.factor is None else f"lr-x{method.factor:g}"
+        writer = SummaryWriter(str(folder / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', label).strip('-')}-{at}"))
+        for setting in results.runs:
+            if not (rows := results.of(method, setting)):
+                continue
+            curves = np.array([row["curve"] for row in rows], dtype=float)  # (seeds, evaluations, columns)
+            columns = {LOG_LOSS: np.log(_geometric_mean(curves[:, :, 1]))}
+            columns |= {tag: curves[0, :, column] for tag, column in CURVES.items()}
+            for tag, values in columns.items():
+                for step, value in zip(curves[0, :, 0], values, strict=True):
+                    if math.isfinite(value):  # what has no labels has no accuracy
+                        writer.add_scalar(f"{setting}/{tag}", value, int(step))
+            finals[f"{setting}/{FINAL}"] = final = float(np.mean([counted(row) for row in rows]))
+            writer.add_scalar(f"{setting}/{FINAL}", final, setting.steps)
+        facts = {"schedule": label, "base learning rate": "tuned" if method.factor is None else f"× {method.factor:g}"}
+        for summary in hparams(facts, finals):
+            writer._get_file_writer().add_summary(summary)
+        writer.close()
+
+
 def report(out: Path) -> str:
-    """Write `table.md` and `plot.png` beside the `runs.jsonl` in `out`, and return the table."""
+    """Write `table.md`, `plot.png` and the log for TensorBoard beside the `runs.jsonl` in `out`; return the table."""
     results = Results(out)
+    tensorboard(results, out / TENSORBOARD)
     return publish(out, table(results), plot(results))
 
 

@@ -26,7 +26,7 @@ from rlsched.experiments.points import SPLIT_SEED, batches
 from rlsched.files import locked
 from rlsched.policy import Policy
 
-RUNS, TENSORBOARD = "runs.jsonl", "tensorboard"
+RUNS, TENSORBOARD, EACH = "runs.jsonl", "tensorboard", "tensorboard-runs"
 POLICY = "policy"
 REPLAY = "replay"  # of the mean control path of the policy's runs with the other seeds
 EVALUATIONS = 50  # of the validation loss, in a run
@@ -125,7 +125,7 @@ def key(row: Row) -> Key:
     return Trial(**row["run"]), row["policy"]
 
 
-def compare(plan: Plan, policy: Policy, out: Path, name: str | None = None) -> None:
+def compare(plan: Plan, policy: Policy, out: Path, name: str | None = None, *, log_runs: bool = False) -> None:
     """Do the trials of a plan that `out/runs.jsonl` does not have yet, and add a line for each.
 
     A replay follows the mean over all of the policy's runs in the file that differ from it in nothing but the seed.
@@ -135,8 +135,10 @@ def compare(plan: Plan, policy: Policy, out: Path, name: str | None = None) -> N
     Args:
         plan: what to compare.
         policy: the scheduling policy.
-        out: folder for the results; TensorBoard logs of the first seed's runs go to its `tensorboard`.
+        out: folder for the results.
         name: what to call the policy beside other ones.
+        log_runs: whether each run of the first seed is logged for TensorBoard, in `tensorboard-runs` of that folder,
+            with all that the policy saw and decided.
 
     Raises:
         ValueError: a task cannot be compared on; a line of the results is none.
@@ -152,7 +154,7 @@ def compare(plan: Plan, policy: Policy, out: Path, name: str | None = None) -> N
             if paths is None:
                 warnings.warn(f"{journal.path} has runs of an older rlsched, of which there is no replay", stacklevel=2)
                 continue
-            log_dir = _log_dir(out, trial, policy) if trial.seed == 0 else None
+            log_dir = _log_dir(out, trial, policy) if log_runs and trial.seed == 0 else None
             result = perform(trial, plan.inner_tasks[trial.task], policy, log_dir, paths)
             digest = _policy_of(trial, policy)
             called = {} if digest is None or name is None else {"policy_name": name}
@@ -288,7 +290,7 @@ def _log_dir(out: Path, trial: Trial, policy: Policy) -> Path:
     digest = _policy_of(trial, policy)
     schedule = trial.schedule if digest is None else f"{trial.schedule}-{digest[:8]}"
     setting = f"{trial.task}-{trial.optimizer}-{trial.steps}"
-    return out / TENSORBOARD / setting / f"{schedule}-x{trial.lr_factor:g}"
+    return out / EACH / setting / f"{schedule}-x{trial.lr_factor:g}"
 
 
 def _policy_of(trial: Trial, policy: Policy) -> str | None:

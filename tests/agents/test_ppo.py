@@ -17,6 +17,7 @@ from rlsched.actors import ACTORS
 from rlsched.agents import evaluate, train
 from rlsched.agents.exporting import actor_weights, export, learner, load_checkpoint
 from rlsched.agents.ppo import _vector_env
+from rlsched.agents.tensorboard import BASE, LOG, RETURN
 from rlsched.base_schedule import BASE_SCHEDULES, named_base_schedule
 from rlsched.envs import MIXTURES, InnerTask, SchedulingVectorEnv
 from rlsched.files import locked
@@ -26,20 +27,18 @@ from rlsched.policy import SchedulePolicy
 @pytest.fixture
 def _no_pictures(monkeypatch):
     """Drawing them takes longer than the training."""
-    monkeypatch.setattr("rlsched.agents.ppo.episode_paths", lambda policy, zero: Figure((1, 1)))
+    monkeypatch.setattr("rlsched.agents.tensorboard.episode_picture", lambda *_: Figure((1, 1)))
 
 
-def events_of(run_dir):
-    """The scalars and images of all event files, and the names of the plugins' data: tag -> [steps]."""
-    tags, plugins = {}, set()
-    for path in sorted(Path(run_dir).rglob("events.out.tfevents.*")):
+def steps_of(run_dir):
+    """Where the scalars of a training's own run are: tag -> steps, of all its event files."""
+    tags = {}
+    for path in sorted((Path(run_dir) / LOG).glob("events.out.tfevents.*")):
         log = EventAccumulator(str(path))
         log.Reload()
-        for kind, read in (("scalars", log.Scalars), ("images", log.Images)):
-            for tag in log.Tags()[kind]:
-                tags.setdefault(tag, []).extend(event.step for event in read(tag))
-        plugins |= set(log.summary_metadata)
-    return tags, plugins
+        for tag in log.Tags()["scalars"]:
+            tags.setdefault(tag, []).extend(event.step for event in log.Scalars(tag))
+    return tags
 
 
 def assert_close_weights(one, other, **tolerance):
@@ -65,17 +64,11 @@ def interrupt_in(monkeypatch, update, algorithm=PPO):
     monkeypatch.setattr(algorithm, "train", interrupted)
 
 
-def test_run_leaves_everything_it_promises(make_config, tiny, capsys):
+def test_run_leaves_everything_it_promises(trained, tiny):
     """Hours of training whose policy, scores or log are missing are hours lost."""
-    config = make_config()
-    run_dir = Path(config.run_dir)
-    policy = train(config)
-    assert {p.name for p in run_dir.iterdir() if "tfevents" not in p.name and p.is_file()} == {
-        ".lock",
-        "config.json",
-        "checkpoint.zip",
-        "policy.safetensors",
-    }
+    config, policy, run_dir = trained.config, trained.policy, Path(trained.config.run_dir)
+    files = {".lock", "config.json", "checkpoint.zip", "policy.safetensors"}
+    assert {path.name for path in run_dir.iterdir()} == {*files, LOG}
     assert json.loads((run_dir / "config.json").read_text()) == config.hyperparameters()
     assert policy.digest == SchedulePolicy.load(run_dir / "policy.safetensors").digest
     assert policy.info == SchedulePolicy.load(run_dir / "policy.safetensors").info
@@ -92,18 +85,8 @@ def test_run_leaves_everything_it_promises(make_config, tiny, capsys):
     assert (policy.influence(torch.from_numpy(again.observations) + 50) < 0.1).all()
     assert scores["return_of_zero_policy"] == pytest.approx(zero.mean_return, abs=1e-3)
     assert scores["gain"] == pytest.approx(again.mean_return - zero.mean_return, abs=2e-3)
-
-    tags, plugins = events_of(run_dir)
-    assert tags["rollout/ep_rew_mean"] == tags["rollout/ep_len_mean"] == [32, 64, 96]
-    for name in ("return", "return_of_zero_policy", "gain", "median_gain", "share_better", "diverged", "regret"):
-        # Before the first update, after two and at the end; the end again as the metric of the hyperparameters.
-        assert sorted(set(tags[f"eval/{name}"])) == [0, 64, 96]
-    assert tags["eval/episodes"] == [0, 64, 96]
-    assert sorted(set(tags["regret/task 0"])) == sorted(set(tags["regret/task 1"])) == [0, 64, 96]
-    assert tags["train/learning_rate"]
-    assert any("hparams" in plugin for plugin in plugins)
-    shown = capsys.readouterr().err
-    assert "training" in shown and "evaluated=" in shown and "base schedule=" in shown and "96.0/96.0" in shown
+    assert "training" in trained.shown and "evaluated=" in trained.shown
+    assert "base schedule=" in trained.shown and "96.0/96.0" in trained.shown
 
 
 @pytest.mark.usefixtures("_no_pictures")
@@ -155,8 +138,11 @@ def test_interrupted_run_goes_on(make_config, monkeypatch, actor):
     policy = train(config)
     assert [(steps, digest) for steps, digest, _ in started] == [(32, export(saved).digest)]
     assert policy.info["training"]["timesteps_done"] == config.timesteps
-    rates = events_of(config.run_dir)[0]
-    assert sorted(set(rates["rollout/ep_rew_mean"])) == [32, 64, 96]
+    # And so does the log.
+    steps = steps_of(config.run_dir)
+    assert sorted(set(steps["rollout/ep_rew_mean"])) == [32, 64, 96]
+    assert sorted(set(steps[RETURN])) == [0, 32, 96]
+    assert (checkpoint.parent / LOG / BASE).is_dir()
     final = algorithm.load(checkpoint, device="cpu")
     assert final.num_timesteps == config.timesteps
     # The learning rate goes on falling where it stopped: at the last update all of the way is behind it.
@@ -198,7 +184,7 @@ def test_scores_are_those_of_the_policy_with_its_domain(make_config, monkeypatch
         played.append(policy)
         return evaluate(policy, **options)
 
-    monkeypatch.setattr("rlsched.agents.ppo.evaluate", recorded)
+    monkeypatch.setattr("rlsched.agents.callbacks.evaluate", recorded)
     policy = train(make_config())
     _, *explored, final = played  # the first is the zero policy
     assert len(explored) == 3 and all(explorer.domain is None for explorer in explored)
@@ -211,7 +197,7 @@ def test_killed_in_the_last_evaluation_loses_no_update(make_config, monkeypatch)
     """Everything is trained by then: going on must finish the run, and train nothing."""
     config = make_config(timesteps=64)
     with monkeypatch.context() as patch:
-        patch.setattr("rlsched.agents.ppo._EvaluationCallback.finish", lambda self: 1 / 0)
+        patch.setattr("rlsched.agents.callbacks.EvaluationCallback.finish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     saved = export(PPO.load(Path(config.run_dir) / "checkpoint.zip", device="cpu"))
@@ -286,6 +272,7 @@ def test_advantages_are_centred_on_sets_of_clones(make_config, monkeypatch):
         assert np.abs(whole).max() > 0.01, "and the critic learns of what was not centred"
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_average_of_the_actor_is_exported_and_kept(make_config, monkeypatch):
     """An average that an interruption loses begins anew from an actor that wanders about."""
     actors = []
@@ -310,6 +297,7 @@ def test_average_of_the_actor_is_exported_and_kept(make_config, monkeypatch):
     torch.testing.assert_close(policy.actor.state_dict(), expected)
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_damaged_checkpoint_is_named(make_config, monkeypatch):
     """A message from inside a zip file does not tell anybody what to delete."""
     config = make_config(timesteps=64)
@@ -389,7 +377,7 @@ def test_full_disk_costs_no_more_than_the_update(make_config, monkeypatch):
         with pytest.raises(OSError, match=r"No space left on device: '.*checkpoint\.zip'"):
             train(config)
     run_dir = Path(config.run_dir)
-    assert {p.name for p in run_dir.iterdir() if "tfevents" not in p.name} == {".lock", "config.json", "checkpoint.zip"}
+    assert {p.name for p in run_dir.iterdir()} == {".lock", "config.json", "checkpoint.zip", LOG}
     assert PPO.load(run_dir / "checkpoint.zip", device="cpu").num_timesteps == 32
     assert train(config).info["training"]["timesteps_done"] == config.timesteps
 
@@ -409,7 +397,7 @@ def test_export_in_the_folder_is_no_finished_run(make_config, monkeypatch):
     """A policy that was exported from the checkpoint, and not evaluated, would end the run before its end."""
     config = make_config(timesteps=32)
     with monkeypatch.context() as patch:
-        patch.setattr("rlsched.agents.ppo._EvaluationCallback.finish", lambda self: 1 / 0)
+        patch.setattr("rlsched.agents.callbacks.EvaluationCallback.finish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(config)
     load_checkpoint(config.run_dir).save(Path(config.run_dir) / "policy.safetensors")

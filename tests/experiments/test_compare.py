@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from helpers import lively_policy
 from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from torch import nn
 from torch.nn import functional
 
@@ -18,13 +21,28 @@ from rlsched import SchedulePolicy
 from rlsched.control import CONTROL_NAMES, CONTROLS, EARLY, moved_by
 from rlsched.envs import FAMILIES, InnerTask
 from rlsched.experiments.compare import run as compare_run
-from rlsched.experiments.compare.analysis import FIRST, WORST, Cell, Contender, Results, counted, report, table
+from rlsched.experiments.compare.analysis import (
+    CURVES,
+    FINAL,
+    FIRST,
+    LOG_LOSS,
+    WORST,
+    Cell,
+    Contender,
+    Results,
+    counted,
+    report,
+    table,
+    tensorboard,
+)
 from rlsched.experiments.compare.run import (
+    EACH,
     OPTIMIZERS,
     POLICY,
     REPLAY,
     RUNS,
     SMALLEST_LOSS,
+    TENSORBOARD,
     Plan,
     Trial,
     compare,
@@ -46,6 +64,7 @@ NUMBER = 5
 PLAN = Plan(optimizers=("sgd",), steps=(8,), seeds=2, policy_factors=(1.0, 10.0), sweep=(0.1, 1.0))
 ZERO = SchedulePolicy.zero()
 CONSTANT = Contender("constant")
+LED_BY = ("learned", "replay-of-its-mean")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -115,7 +134,7 @@ def test_another_policy_is_a_row_of_its_own(tmp_path):
     assert "**learned, lr × 1**" in alone
     baselines = [line for line in alone.splitlines() if "best of" in line]
     compare(plan, other, tmp_path, "runs/mine/policy.safetensors")
-    compare(plan, lively_policy(3), tmp_path)
+    compare(plan, lively_policy(3), tmp_path, log_runs=True)
     text, results, setting = report(tmp_path), Results(tmp_path), Cell("digits", "sgd", 6)
     assert [line for line in text.splitlines() if "best of" in line] == baselines
     labels = [
@@ -131,8 +150,51 @@ def test_another_policy_is_a_row_of_its_own(tmp_path):
             rows = results.runs[setting][Contender(schedule, policy.digest)][1.0]
             assert [(row["policy"], row["run"]["seed"]) for row in rows] == [(policy.digest, 0), (policy.digest, 1)]
     assert len({results.color(contender) for contender in results.runs[setting]}) == 3 * 2 + 3
-    logs = {folder.name for folder in (tmp_path / "tensorboard" / "digits-sgd-6").iterdir()}
-    assert {f"policy-{policy.digest[:8]}-x1" for policy in (ZERO, other)} | {"cosine-x1"} <= logs
+    led = [re.sub("[^a-z0-9.]+", "-", label) for label in labels]
+    shown = {f"{what}-{label}-lr-x{factor}" for what in LED_BY for label in led for factor in (1, 10)}
+    assert logged(tmp_path / TENSORBOARD) == shown | {"constant-tuned", "linear-tuned", "cosine-tuned"}
+    third = lively_policy(3).digest[:8]
+    each = {f"digits-sgd-6/{schedule}-{third}-x{factor}" for schedule in (POLICY, REPLAY) for factor in (1, 10)}
+    assert logged(tmp_path / EACH) == each
+
+
+def logged(folder):
+    """The runs that TensorBoard finds in a folder."""
+    return {str(path.parent.relative_to(folder)) for path in folder.rglob("events.out.tfevents.*")}
+
+
+def test_log_has_a_run_for_each_schedule(tmp_path):
+    """Forty runs, one for each training run, are a heap of lines that nobody compares."""
+    results = Results(DOCS / "mnist")
+    results.runs = dict(list(results.runs.items())[:2])  # more are no other, and take their time
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "events.out.tfevents.1").touch()
+    tensorboard(results, tmp_path)
+    led = {f"{what}-lr-x{factor}" for what in LED_BY for factor in (0.1, 1, 10)}
+    assert logged(tmp_path) == {*led, "constant-tuned", "linear-tuned", "cosine-tuned"}
+    for name, contender, factor in (("cosine-tuned", Contender("cosine"), None), ("learned-lr-x0.1", None, 0.1)):
+        log = EventAccumulator(str(tmp_path / name))
+        log.Reload()
+        data = {
+            tag: plugin_data_pb2.HParamsPluginData.FromString(content)
+            for tag, content in log.PluginTagToContent("hparams").items()
+        }
+        metrics = [info.name.tag for info in data["_hparams_/experiment"].experiment.metric_infos]
+        assert metrics == [f"{setting}/{FINAL}" for setting in results.runs]
+        for setting, tag in zip(results.runs, metrics, strict=True):
+            one = contender or results.led(POLICY)[0]
+            at = results.best(setting, one) if factor is None else factor
+            (final,) = log.Scalars(tag)
+            assert final.step == setting.steps
+            assert final.value == pytest.approx(results.log_loss(setting, one, at), rel=1e-5)
+            rows = results.runs[setting][one][at]
+            losses = log.Scalars(f"{setting}/{LOG_LOSS}")
+            assert [event.step for event in losses] == [row[0] for row in rows[0]["curve"]]
+            mean = np.mean([math.log(row["curve"][-1][1]) for row in rows])
+            assert losses[-1].value == pytest.approx(mean, rel=1e-4)
+            for tag, column in CURVES.items():
+                curve = [event.value for event in log.Scalars(f"{setting}/{tag}")]
+                assert curve == pytest.approx([row[column] for row in rows[0]["curve"]], rel=1e-5)
 
 
 def test_diverged_run_counts_as_the_untrained_network(tmp_path):
