@@ -55,29 +55,24 @@ _every = SetupDistribution(
 # Language models are often trained without momentum, at high learning rates that a clip keeps in check.
 _language = replace(_every, no_momentum=0.4, clipping=0.4)
 
-# Users have few points as often as many: a network may see each of them once in a run, or two hundred times.
-_points = (192, 8192)
-
 _families: dict[str, InnerTask] = {
     "quadratic": InnerTask(
         partial(NoisyQuadratic, 32), Noise(), quadratic_loss, (4, 32), setup=_every, reward_scale=1.2
     ),
-    "mlp": classifier(TeacherStudent(_points, inputs=24), (32, 32), batch_size=(4, 32), setup=_every, reward_scale=0.7),
-    "mlp-deep": classifier(
-        TeacherStudent(_points, inputs=16, classes=5), (24, 24, 24), activation="gelu", setup=_every
-    ),
+    "mlp": classifier(TeacherStudent(inputs=24), (32, 32), batch_size=(4, 32), setup=_every, reward_scale=0.7),
+    "mlp-deep": classifier(TeacherStudent(inputs=16, classes=5), (24, 24, 24), activation="gelu", setup=_every),
     "mlp-wide": classifier(
-        Prototypes(_points, inputs=64, classes=10), (48, 48), interval=4, validation_interval=8, setup=_every
+        Prototypes(inputs=64, classes=10), (48, 48), interval=4, validation_interval=8, setup=_every
     ),
     "mlp-tanh": classifier(
-        Prototypes(_points, inputs=24), (32, 32), activation="tanh", interval=5, validation_interval=5, setup=_every
+        Prototypes(inputs=24), (32, 32), activation="tanh", interval=5, validation_interval=5, setup=_every
     ),
     "mlp-layer-norm": classifier(
         Prototypes(inputs=40, classes=10), (48, 24), layer_norm=True, batch_size=24, interval=16, setup=_every
     ),
-    "mlp-dropout": classifier(Prototypes(_points, inputs=32, classes=10), (48, 48), dropout=0.4, setup=_every),
+    "mlp-dropout": classifier(Prototypes(inputs=32, classes=10), (48, 48), dropout=0.4, setup=_every),
     "mlp-rescaled": classifier(
-        TeacherStudent(_points, inputs=20, classes=6),
+        TeacherStudent(inputs=20, classes=6),
         (32, 32),
         rescaled=True,
         batch_size=(4, 32),
@@ -135,7 +130,7 @@ _families: dict[str, InnerTask] = {
     ),
     "conv": InnerTask(
         partial(ConvNet, 1, 8, (8, 16), 8),
-        Images((192, 2048)),
+        Images(),
         batch_size=16,
         interval=6,
         validation_interval=3,
