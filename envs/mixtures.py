@@ -182,6 +182,8 @@ _families: dict[str, InnerTask] = {
 
 FAMILIES = {name: task.named(name) for name, task in _families.items()}
 
+BY_HEART = ("mlp-by-heart", "mlp-few-points", "digits", "regression-by-heart")  # with the points that these have
+
 MIXTURES: dict[str, tuple[InnerTask, ...]] = {
     "mlp": (
         classifier(TeacherStudent(inputs=24), (32, 32)).named("teacher"),
@@ -194,6 +196,12 @@ MIXTURES: dict[str, tuple[InnerTask, ...]] = {
     "small": (classifier(Prototypes(inputs=16, classes=6), (32,), interval=8).named("small"),),
     "digits": (digits().named("digits"),),
     "broad": tuple(FAMILIES.values()),
+    # Runs that end long before the network has learnt all that it can, as most of users' do; none that overfits.
+    "short": tuple(
+        replace(task, interval=max(2, round(0.4 * task.interval)))
+        for name, task in FAMILIES.items()
+        if name not in BY_HEART
+    ),
 }
 
 
