@@ -87,8 +87,8 @@ def unpacked(
     for name, value in identity.items():
         if type(there.get(name)) is not type(value) or there[name] != value:
             raise ValueError(f"state_dict is of a run with {name}={there.get(name)!r}, this one has {value!r}")
-    snapshot = plain.pop("snapshot", None)
-    saved: Saved = _read(Saved, {**plain, "snapshot": None}, "")
+    snapshot = plain.get("snapshot")
+    saved: Saved = _read(Saved, {name: value if name != "snapshot" else None for name, value in plain.items()}, "")
     _check(saved, memory, per_group=bool(identity.get("per_group")))
     groups = len(optimizer.param_groups)
     _demand(len(saved.bases) <= groups, "bases", f"those of {groups} parameter groups", saved.bases)

@@ -100,11 +100,14 @@ def play_zero(task, *, decisions, sgd_lr, adaptive_lr, runs=6):
         loss_scale=(1, 1),
         gain=(1, 1),
     )
-    env = SchedulingVectorEnv(runs, [replace(task, setup=setup)], safe_start=False, autoreset_mode="Disabled")
+    env = SchedulingVectorEnv(runs, [replace(task, setup=setup)], safe_start=False)
     env.reset(seed=0)
-    done = np.zeros(runs, bool)
-    while not done.all():
+    ends = [{}] * runs
+    while not all(ends):
         *_, done, _, infos = env.step(np.zeros(env.action_space.shape, np.float32))
+        for i in np.flatnonzero(done):
+            ends[i] = ends[i] or {key: values[i] for key, values in infos["final_info"].items()}
+    infos = {key: np.array([end[key] for end in ends]) for key in ends[0]}
     assert set(infos["adaptive"]) == {-1, 1}, "both optimizers"
     return infos, infos["return"]
 

@@ -84,7 +84,7 @@ def test_first_chart_shows_the_policy_beside_both_references(runs, trained, tiny
             assert last(run, f"{FAMILY}/task {i}") == pytest.approx(returns[name][i :: len(tiny)].mean(), abs=1e-3)
         assert {tag for tag in run.Tags()["scalars"] if tag.startswith(OPTIMIZER)} <= {
             f"{OPTIMIZER}/SGD",
-            f"{OPTIMIZER}/adaptive",
+            f"{OPTIMIZER}/AdamW",
         }
     for i in range(len(tiny)):
         missing = (returns[reference] - returns[LOG])[i :: len(tiny)].mean()
