@@ -51,8 +51,7 @@ class Recorded:
             if calls <= CALLS and not self._compile:
                 return self._function(*arguments)
             replay = self._recordings[key] = self._record(leaves, structure)
-        with torch.no_grad():
-            return replay(tensors)
+        return replay(tensors)
 
     def _record(self, leaves: list[Any], structure: TreeSpec) -> Callable[[list[Tensor]], Any]:
         form: list[TreeSpec] = []
@@ -73,7 +72,8 @@ class Recorded:
         try:
             with seeded(0, copies[0].device):
                 graph = make_fx(flat)(*copies)
-                graph(*copies)  # some operations are recorded that cannot be called, an LSTM's among them
+                with torch.no_grad():
+                    graph(*copies)  # an LSTM's operations are recorded, and cannot be called like this
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warnings.warn(f"inner steps cannot be recorded, which is slower. The reason: {reason}", stacklevel=2)
@@ -83,7 +83,12 @@ class Recorded:
         _simplify(graph)
         results = form.pop()
         replay = _compiled(graph) if self._compile else graph
-        return lambda tensors: tree_unflatten(replay(*tensors), results)
+
+        @torch.no_grad()
+        def replayed(tensors: list[Tensor]) -> Any:
+            return tree_unflatten(replay(*tensors), results)
+
+        return replayed
 
 
 def _simplify(graph: GraphModule) -> None:

@@ -1,6 +1,7 @@
 """A recording does what its function does, at every call."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,9 +9,12 @@ import torch
 from torch import nn
 from torch.func import grad, vmap
 
-from rlsched.envs import recording
+from rlsched.envs import InnerTask, SchedulingVectorEnv, recording
 from rlsched.envs.draws import seeded
+from rlsched.envs.networks import Recurrent
 from rlsched.envs.recording import Recorded
+from rlsched.envs.sequences import Markov
+from rlsched.envs.tasks import next_token_loss
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +84,16 @@ def test_what_cannot_be_recorded_is_called_and_named():
     with pytest.warns(UserWarning, match=r"^inner steps cannot be recorded, which is slower. The reason: \w"):
         assert torch.equal(function(torch.ones(2)), torch.ones(2))
     assert torch.equal(function(-torch.ones(2)), torch.ones(2))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap over an LSTM
+def test_what_cannot_be_replayed_is_not_recorded():
+    """Operations that torch records and cannot call, an LSTM's, would end a training in its midst."""
+    network = partial(Recurrent, 8, 4, cell="lstm")
+    task = InnerTask(network, Markov(tokens=8, length=6), next_token_loss, batch_size=4, interval=3)
+    env = SchedulingVectorEnv(1, [task])
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match="inner steps cannot be recorded, which is slower. The reason: "):
+        for _ in range(3):
+            _, rewards, *_ = env.step(np.zeros(env.action_space.shape, np.float32))
+    assert np.isfinite(rewards).all()
