@@ -270,13 +270,15 @@ class Guard:
         """Take a snapshot at a decision if it is due, and the run well; `loss` is at the weights as they are."""
         if not self.keeps_snapshots:
             return
+        here = 0.0 if loss is None else float(loss)
         then = -1 if self.snapshot is None else self.snapshot.schedule[0].step
-        is_due = then < 0 or (states[0].step // run.interval) % SNAPSHOT_INTERVAL == 0
-        is_well = self.is_well() and self._is_no_worse(0.0 if loss is None else float(loss))
-        if self.undo_overfitting and validation.best_step > 0:
-            is_well &= not is_above_best(validation)
-            is_due, is_well = is_due or validation.best_step > then, is_well or validation.best_step > then
-        if is_due and is_well:
+        if self.undo_overfitting and validation.best_step > then:  # what is best is well, whatever the training loss
+            is_wanted = math.isfinite(here)
+        else:
+            is_due = then < 0 or (states[0].step // run.interval) % SNAPSHOT_INTERVAL == 0
+            is_well = self.is_well() and not (self.undo_overfitting and is_above_best(validation))
+            is_wanted = is_due and is_well and self._is_no_worse(here)
+        if is_wanted:
             self.take_snapshot(states)
 
     def _is_no_worse(self, loss: float) -> bool:

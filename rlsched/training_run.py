@@ -143,9 +143,10 @@ class TrainingRun(ABC):
     def observe_validation(self, loss: Tensor | float) -> None:
         """Report a validation loss, whenever there is one, of the weights as they are.
 
-        A policy that was trained to looks at it (the one that ships was not); `should_stop` and `best` go by it. It
-        should be of the kind of the training loss. Several processes should report the same, or one of them alone:
-        the policy sees the mean over those that have the latest, and the others hear of it at the next decision.
+        By it a run is taken back from overfitting (`undo_overfitting`), and `should_stop` and `best` go by it. A policy
+        that was trained to looks at it too; the one that ships was not. It should be of the kind of the training loss.
+        Several processes should report the same, or one of them alone: the policy sees the mean over those that have
+        the latest, and the others hear of it at the next decision.
 
         Args:
             loss: a number, or a tensor of one, for which an accelerator is waited for. What is not finite counts as one

@@ -1,4 +1,4 @@
-"""Whether a run diverges, or idles, as its loss tells."""
+"""Whether a run diverges or idles, as its loss tells; or overfits, as its validation loss does."""
 
 from __future__ import annotations
 

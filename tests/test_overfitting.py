@@ -134,3 +134,17 @@ def test_saved_run_goes_back_as_one_that_was_never_interrupted():
         train_and_validate(one, its, range(BACK - 3, STEPS))
     assert messages(resumed) == messages(optimizer) != []
     assert_same_weights(model, again)
+
+
+def test_best_validation_of_weights_that_are_lost_is_nothing_to_go_back_to():
+    """A snapshot of weights that had blown up since the validation would be what every rollback brings."""
+    model = network()
+    optimizer = run_of(model)
+    train_and_validate(model, optimizer, range(WINDOW))
+    guard, state = optimizer.controller.guard, optimizer.controller.state
+    known, before = validated(optimizer.controller.validation, 0.1, WINDOW), guard.snapshot
+    for loss in (math.nan, math.inf):
+        guard.consider_snapshot(RUN, [state], loss, known)
+        assert guard.snapshot is before
+    guard.consider_snapshot(RUN, [state], 9.0, known)
+    assert guard.snapshot is not before, "whatever the training loss is otherwise"
