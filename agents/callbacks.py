@@ -17,7 +17,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from rlsched.agents.config import TrainConfig
-from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, tuned
+from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, scores, tuned
 from rlsched.agents.exporting import AVERAGE, DOMAIN, actor_weights, export
 from rlsched.agents.tensorboard import (
     ACTIONS,
@@ -27,7 +27,6 @@ from rlsched.agents.tensorboard import (
     SPEED,
     TrainingLog,
     means,
-    regret,
 )
 from rlsched.domain import Domain
 from rlsched.envs.scheduling import SchedulingVectorEnv
@@ -172,16 +171,7 @@ class EvaluationCallback(_Callback):
 
     def scores(self) -> dict[str, float]:
         assert self.latest is not None and self.zero is not None and self.tuned is not None
-        gains = self.latest.returns - self.zero.returns
-        return {
-            "return": self.latest.mean_return,
-            "return_of_zero_policy": self.zero.mean_return,
-            "gain": float(gains.mean()),
-            "median_gain": float(np.median(gains)),
-            "share_better": float((gains > 0).mean()),
-            "diverged": float(self.latest.diverged.mean()),
-            "regret": regret(self.latest, self.tuned),
-        }
+        return scores(self.latest, self.zero, self.tuned)
 
     def finish(self) -> SchedulePolicy:
         """Evaluate the final policy with its domain, log it, and give it its scores."""
@@ -192,10 +182,9 @@ class EvaluationCallback(_Callback):
         done = self.model.num_timesteps
         self.logger.dump(done)  # of the last update
         self.log.finish()
-        scores = {name: round(value, 4) for name, value in self.scores().items()}
         policy.info = {
             "training": {**self.config.hyperparameters(), "timesteps_done": done},
-            "evaluation": scores,
+            "evaluation": {name: round(value, 4) for name, value in self.scores().items()},
         }
         return policy
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import trim_mean
 from tqdm import tqdm
 
 from rlsched.envs import InnerTask, SchedulingVectorEnv
@@ -30,6 +31,20 @@ class Evaluation(NamedTuple):
     @property
     def mean_return(self) -> float:
         return float(self.returns.mean())
+
+
+def scores(policy: Evaluation, zero: Evaluation, tuned: NDArray[np.float64]) -> dict[str, float]:
+    """What a policy is worth beside the base schedule, as it is and as it is `tuned`, on the same episodes."""
+    gains = policy.returns - zero.returns
+    return {
+        "return": policy.mean_return,
+        "return_of_zero_policy": zero.mean_return,
+        "gain": float(gains.mean()),
+        "median_gain": float(np.median(gains)),
+        "share_better": float((gains > 0).mean()),
+        "diverged": float(policy.diverged.mean()),
+        "regret": float(trim_mean(tuned - policy.returns, 0.25)),  # what is missing, interquartile mean
+    }
 
 
 def environment_options(policy: Policy) -> dict[str, Any]:

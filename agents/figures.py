@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlsched.agents.evaluation import Evaluation
 from rlsched.control import CONTROLS
+from rlsched.envs.rendering import logarithmic
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # What each row of a picture shows, by the info that it is of.
@@ -70,9 +69,9 @@ def episode_picture(policy: Evaluation, zero: Evaluation, episode: int, called: 
         values = values[np.isfinite(values)]
         if key in LINEAR:
             axis.set_ylim(LINEAR[key])
-        elif (values > 0).all() and len(values):
-            _logarithmic(axis, values)
-        elif not values.any():
+        elif values.any():
+            logarithmic(axis, values)
+        else:
             axis.set_yticks([0])
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
@@ -86,20 +85,6 @@ def episode_picture(policy: Evaluation, zero: Evaluation, episode: int, called: 
     axes[-1].set_xlabel("inner steps")
     figure.align_ylabels()
     return figure
-
-
-def _logarithmic(axis: Axes, values: NDArray[np.float64]) -> None:
-    """A logarithmic axis with a few plain numbers, whether it spans a tenth of a decade or ten of them."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_yscale("log")
-    decades = np.ptp(np.log10(values))
-    if decades < 0.7:  # of any range of so many decades, a few of these numbers are in it
-        middle = float(np.sqrt(values.max()) * np.sqrt(values.min()))
-        axis.set_ylim(middle / 2.3, middle * 2.3)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.5 else (1,), numticks=6))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
 
 
 def _outcome(played: Evaluation, episode: int) -> str:

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import trim_mean
 from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from rlsched.agents.config import TrainConfig
-from rlsched.agents.evaluation import Evaluation
+from rlsched.agents.evaluation import Evaluation, scores
 from rlsched.agents.figures import episode_picture, samples
 
 Array = NDArray[np.float32] | NDArray[np.float64]
@@ -33,7 +32,8 @@ GAIN = "1 return/gain over base"
 REGRET = "1 return/regret to tuned"
 BETTER = "1 return/share better than base"
 DIVERGED = "1 return/share diverged"
-METRICS = (RETURN, GAIN, REGRET, BETTER, DIVERGED)
+SCORES = {"gain": GAIN, "regret": REGRET, "share_better": BETTER, "diverged": DIVERGED}
+METRICS = (RETURN, *SCORES.values())
 REGRET_OF = "2 regret by family"
 EPISODES = "3 episodes"
 FAMILY, OPTIMIZER = "4 return by family", "5 return by optimizer"
@@ -125,7 +125,7 @@ class TrainingLog:
             self._summary(summary)
         self.flush()
 
-    def evaluation(self, policy: Evaluation, zero: Evaluation, tuned: Array, step: int) -> None:
+    def evaluation(self, policy: Evaluation, zero: Evaluation, tuned: NDArray[np.float64], step: int) -> None:
         """Write an evaluation.
 
         Args:
@@ -138,16 +138,9 @@ class TrainingLog:
             self.scalars({RETURN: float(returns.mean())}, step, run)
             self.scalars(means(FAMILY, returns, families), step, run)
             self.scalars(means(OPTIMIZER, returns, optimizers), step, run)
-        self.scalars(
-            {
-                GAIN: float((policy.returns - zero.returns).mean()),
-                REGRET: regret(policy, tuned),
-                BETTER: float((policy.returns > zero.returns).mean()),
-                DIVERGED: float(policy.diverged.mean()),
-                **means(REGRET_OF, tuned - policy.returns, families),
-            },
-            step,
-        )
+        found = scores(policy, zero, tuned)
+        self.scalars({tag: found[name] for name, tag in SCORES.items()}, step)
+        self.scalars(means(REGRET_OF, tuned - policy.returns, families), step)
         for rank, i in enumerate(samples(families, optimizers), 1):
             called = f"{families[i]}, {optimizers[i]}"
             picture = episode_picture(policy, zero, i, called)
@@ -192,11 +185,6 @@ def means(tags: str, values: Array, labels: Sequence[str]) -> dict[str, float]:
         f"{tags}/{label}": float(np.mean([v for v, other in zip(values, labels, strict=True) if other == label]))
         for label in dict.fromkeys(labels)
     }
-
-
-def regret(policy: Evaluation, tuned: Array) -> float:
-    """The interquartile mean of the return that is missing to the base schedule from the best base learning rate."""
-    return float(trim_mean(tuned - policy.returns, 0.25))
 
 
 def _about(config: TrainConfig) -> str:

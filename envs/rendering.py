@@ -82,7 +82,10 @@ def picture(episode: list[dict[str, Any]]) -> Array:
             axes.plot(steps, [info[key] for info in episode], label=name, marker="." if len(steps) == 1 else None)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        _scale(axes, np.array([[info[key] for key in shown] for info in episode]), is_log)
+        if is_log:
+            logarithmic(axes, np.array([[info[key] for key in shown] for info in episode], float))
+        else:
+            axes.set_ylim(0, 1.05)
         if len(shown) > 1:
             axes.legend(loc="upper right", fontsize="small")
     figure.align_ylabels(column)
@@ -94,21 +97,21 @@ def picture(episode: list[dict[str, Any]]) -> Array:
     return np.array(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _scale(axes: Axes, values: Array, is_log: bool) -> None:
-    """A logarithmic axis of at least a decade where there is something to show on it; else one from 0 to 1."""
+def logarithmic(axes: Axes, values: Array) -> None:
+    """A logarithmic y-axis of at least a decade, with a few plain numbers; as it was where no value has a logarithm."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     values = values[np.isfinite(values) & (values > 0)]
-    if not is_log:
-        axes.set_ylim(0, 1.05)
-    elif len(values):
-        low, high, middle = values.min(), values.max(), np.sqrt(values.min() * values.max())
-        low, high = min(low / 1.25, middle / 3.3), max(1.25 * high, 3.3 * middle)
-        axes.set_yscale("log", nonpositive="mask")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(low, high)
+    if not len(values):
+        return
+    low, high = float(values.min()), float(values.max())
+    middle = np.sqrt(low) * np.sqrt(high)
+    low, high = min(low / 1.25, middle / 3.3), max(1.25 * high, 3.3 * middle)
+    axes.set_yscale("log", nonpositive="mask")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,), numticks=6))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(low, high)
 
 
 def text(episode: list[dict[str, Any]]) -> str:
