@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,12 @@ class Privileged:
     actor or not; the learning rate itself; and which of the tasks it is.
 
     Args:
-        num_envs, clones: of the vector environment: set i of its clones has the task i modulo their number.
-        tasks: number of inner tasks.
+        families: names of the tasks, as the infos have them.
     """
 
-    def __init__(self, num_envs: int, clones: int, tasks: int) -> None:
-        self._is_task = np.eye(tasks, dtype=np.float32)[np.arange(num_envs) // clones % tasks]
-        self.size = 3 + tasks
+    def __init__(self, families: Sequence[str]) -> None:
+        self._families = np.array(families, object)
+        self.size = 3 + len(families)
 
     def of(self, infos: Mapping[str, Array]) -> Array:
         """Of the infos of a vector environment, (num_envs, size), float32."""
@@ -35,7 +34,7 @@ class Privileged:
             above = np.log(infos["validation_loss"] / infos["best_validation_loss"])
             known = np.stack([infos["return"] / 2, above, np.log(infos["lr"]) / 5], 1)
         bounded = np.nan_to_num(known, nan=0.0).clip(-5, 5)
-        return np.concatenate([bounded, self._is_task], 1).astype(np.float32)
+        return np.concatenate([bounded, infos["family"][:, None] == self._families], 1).astype(np.float32)
 
 
 class PrivilegedCriticPolicy(ActorCriticPolicy):

@@ -31,7 +31,7 @@ from rlsched.agents.exporting import CHECKPOINT, INTERFACE, interface_of, learne
 from rlsched.agents.tensorboard import TrainingLog
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.arguments import warn_of_left_out
-from rlsched.envs.mixtures import mixture
+from rlsched.envs.mixtures import mixture, names
 from rlsched.envs.scheduling import SchedulingVectorEnv
 from rlsched.envs.sharding import ShardedVectorEnv, check_main_guard
 from rlsched.files import locked, write
@@ -72,7 +72,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         options = {"reward": config.reward, "trust": config.trust, "compile": config.compile, **seen}
         tasks = mixture(config.tasks)
         warn_of_left_out(tasks, config.num_envs // config.clones)
-        privileged = Privileged(config.num_envs, config.clones, len(tasks)) if config.privileged_critic else None
+        privileged = Privileged(names(tasks)) if config.privileged_critic else None
         env = VectorEnvAdapter(_vector_env(config, config.num_envs, clones=config.clones, **options), privileged)
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT

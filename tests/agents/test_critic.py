@@ -12,22 +12,25 @@ from rlsched.agents.critic import Privileged, PrivilegedCriticPolicy
 from rlsched.agents.exporting import CHECKPOINT, load_checkpoint
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs import SchedulingVectorEnv
+from rlsched.envs.mixtures import names
 
 INFOS = {
     "return": np.array([1.0, -2.0, 0.0, 20.0], np.float32),
     "validation_loss": np.array([2.0, math.inf, math.nan, 0.0], np.float32),
     "best_validation_loss": np.array([1.0, 1.0, math.nan, 0.0], np.float32),
     "lr": np.array([1.0, math.exp(-5), 0.0, 1.0], np.float32),
+    "family": np.array(["one", "one", "other", "other"], object),
 }
 
 
 def test_critic_is_told_numbers_whatever_became_of_the_run():
     """One NaN in a rollout would make all weights of actor and critic NaN."""
-    told = Privileged(4, clones=2, tasks=3).of(INFOS)
-    assert told.shape == (4, Privileged(4, 2, 3).size) and told.dtype == np.float32
+    privileged = Privileged(["one", "other", "third"])
+    told = privileged.of(INFOS)
+    assert told.shape == (4, privileged.size) and told.dtype == np.float32
     expected = [
         [0.5, math.log(2), 0, 1, 0, 0],
-        [-1, 5, -1, 1, 0, 0],  # a clone has the task of its set
+        [-1, 5, -1, 1, 0, 0],
         [0, 0, -5, 0, 1, 0],
         [5, 0, 0, 0, 1, 0],
     ]
@@ -38,7 +41,7 @@ def test_adapter_tells_of_the_run_that_goes_on_and_of_the_one_that_has_ended(tin
     """The value of a run's last state would be that of the next run's first."""
     runs = 4
     plain = SchedulingVectorEnv(runs, tiny, clones=2)
-    privileged = Privileged(runs, 2, len(tiny))
+    privileged = Privileged(names(tiny))
     env = VectorEnvAdapter(SchedulingVectorEnv(runs, tiny, clones=2), privileged)
     seen = plain.single_observation_space.shape[0]
     env.seed(3)
