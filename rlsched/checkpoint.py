@@ -88,7 +88,9 @@ def unpacked(
         if type(there.get(name)) is not type(value) or there[name] != value:
             raise ValueError(f"state_dict is of a run with {name}={there.get(name)!r}, this one has {value!r}")
     snapshot = plain.get("snapshot")
-    saved: Saved = _read(Saved, {name: value if name != "snapshot" else None for name, value in plain.items()}, "")
+    if snapshot is not None:
+        plain["snapshot"] = None  # it is read by what the rest says
+    saved: Saved = _read(Saved, plain, "")
     _check(saved, memory, per_group=bool(identity.get("per_group")))
     groups = len(optimizer.param_groups)
     _demand(len(saved.bases) <= groups, "bases", f"those of {groups} parameter groups", saved.bases)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Verbs import what they need: torch takes seconds, in which Ctrl-C should be heard, and `--version` needs nothing.
 DESCRIPTION = "Learned schedules for PyTorch optimizers: train a scheduling policy, and compare it with others."
 INTERRUPTED = "interrupted: the same command goes on from here"
+BEGINS_ANEW = "interrupted: the same command begins anew"
 EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard"), "train"),
     **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm"), "train"),
@@ -95,13 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = argparse.Namespace()
     if (here := os.getcwd()) not in sys.path:  # for tasks as module:NAME; `python -m` has it there, the command has not
         sys.path.append(here)
-    return exit_code("rlsched", lambda: _parser().parse_args(arguments, options)) or exit_code(
-        f"rlsched {options.verb}", lambda: options.run(options)
-    )
+    wrong = exit_code("rlsched", lambda: _parser().parse_args(arguments, options))
+    if wrong:
+        return wrong
+    interrupted = BEGINS_ANEW if options.verb in ("export", "explain") else INTERRUPTED
+    return exit_code(f"rlsched {options.verb}", lambda: options.run(options), interrupted)
 
 
-def exit_code(command: str, work: Callable[[], object]) -> int:
-    """Do the work of a command; what went wrong is told in a line.
+def exit_code(command: str, work: Callable[[], object], interrupted: str = INTERRUPTED) -> int:
+    """Do the work of a command; what went wrong, or that it was `interrupted`, is told in a line.
 
     Returns:
         0, 1 for wrong input, 130 if it was interrupted, 143 if it was terminated.
@@ -110,7 +113,7 @@ def exit_code(command: str, work: Callable[[], object]) -> int:
         with _answering(_terminate, signal.SIGTERM), _quiet_threads():
             work()
     except KeyboardInterrupt as interrupt:
-        print(f"\n{INTERRUPTED}", file=sys.stderr)
+        print(f"\n{interrupted}", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]

@@ -6,7 +6,13 @@ import sys
 import warnings
 
 LIBRARIES = (
-    *("rlsched", "torch", "lightning", "pytorch_lightning", "transformers", "accelerate", "gymnasium"),
+    "rlsched",
+    "torch",
+    "lightning",
+    "pytorch_lightning",
+    "transformers",
+    "accelerate",
+    "gymnasium",
     "contextlib",
 )
 

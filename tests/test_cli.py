@@ -318,3 +318,15 @@ def test_version_does_not_wait_for_torch(capsys):
     version, loaded = said.splitlines()
     assert version == f"rlsched {rlsched.__version__}"
     assert {"torch", "numpy", "gymnasium"}.isdisjoint(loaded.split())
+
+
+@pytest.mark.parametrize(("verb", "said"), [("explain", "begins anew"), ("compare", "goes on from here")])
+def test_interrupted_work_is_not_said_to_be_kept_where_it_is_not(verb, said, monkeypatch, capsys):
+    """Who believes it waits for the whole time once more."""
+
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"rlsched.cli._{verb}", interrupt)
+    assert main([verb, *(["default"] if verb == "explain" else [])]) == 130
+    assert capsys.readouterr().err.strip() == f"interrupted: the same command {said}"
