@@ -50,10 +50,13 @@ POLICIES = [lively_policy(), lively_policy(5), SchedulePolicy.zero(), SchedulePo
     everywhere=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     per_group=st.booleans(),
+    validations=st.lists(st.one_of(st.sampled_from(SPECIAL), st.floats(), st.floats(0.1, 10.0)), max_size=6),
 )
-@example([[(1e90, 1.0)] * 9], "SGD", POLICIES[0], 1.0, 30, "cut", (0.0, math.inf), False, True, torch.float32, False)
+@example(
+    [[(1e90, 1.0)] * 9], "SGD", POLICIES[0], 1.0, 30, "cut", (0.0, math.inf), False, True, torch.float32, False, []
+)
 def test_weights_stay_finite_and_learning_rates_in_bounds(
-    sequence, make, policy, lr, total_steps, on_divergence, bounds, resume, everywhere, dtype, per_group
+    sequence, make, policy, lr, total_steps, on_divergence, bounds, resume, everywhere, dtype, per_group, validations
 ):
     """A wrapper that one bad number brings down, or lets through to the weights, is not left alone with a long run."""
     if policy is POLICIES[-2] or total_steps == 1:
@@ -96,6 +99,8 @@ def test_weights_stay_finite_and_learning_rates_in_bounds(
             assert bounds[0] <= group["lr"] <= max(bounds[0], min(bounds[1], most)) * (1 + 1e-6)
             momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
             assert 0 <= momentum < 1
+        if validations:
+            optimizer.observe_validation(validations[i % len(validations)])
     assert optimizer.controller.step_count == len(steps)
 
 
