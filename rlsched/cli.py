@@ -23,7 +23,7 @@ BEGINS_ANEW = "interrupted: the same command begins anew"
 EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard"), "train"),
     **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm"), "train"),
-    "captum": "analysis",
+    **dict.fromkeys(("captum", "bokeh"), "analysis"),
 }
 
 
@@ -51,6 +51,12 @@ VERBS = {
         Verb("compare", "compare a policy with other schedules", "rlsched.experiments.compare.command"),
         Verb("benchmark", "measure policies on a suite of tasks", "rlsched.experiments.benchmark.command"),
         Verb("export", "export a policy file from a training run", "rlsched.agents.commands.export", resumes=False),
+        Verb(
+            "report",
+            "one page from runs: schedules, losses, decisions, comparisons",
+            "rlsched.experiments.report.command",
+            resumes=False,
+        ),
         Verb("explain", "why a policy decides as it does", "rlsched.experiments.explain.command", resumes=False),
     )
 }

@@ -84,7 +84,7 @@ def test_episodes_are_explained(policy, tmp_path, capsys):
 
 def test_run_is_explained(policy, run, tmp_path, monkeypatch, capsys):
     """A user's own run is the one that is asked about. Rules of one run cannot be held against another, and say so."""
-    monkeypatch.setattr(Explanation, "_pictures", lambda self, out: [])  # drawn in the test above, and slow
+    monkeypatch.setattr(Explanation, "figures", lambda self: iter(()))  # drawn in the test above, and slow
     assert main(["explain", policy, "--run", str(run), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert f"4 of {run}" in printed and "There are no rules" in printed

@@ -1,0 +1,84 @@
+"""The charts of a report as PNG."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from rlsched.envs.rendering import logarithmic
+from rlsched.experiments.report.blocks import Chart, Heat, Panel, Picture
+
+WIDTH = 10.0  # inches
+PER_PIXEL = 1 / 95  # inches of height for a pixel on the page
+DPI = 110
+LEGEND_COLUMNS = 4
+
+
+def png(block: Chart | Picture, dpi: int = DPI) -> bytes:
+    """The block as a picture."""
+    if isinstance(block, Picture) and isinstance(block.image, bytes):
+        return block.image
+    figure = drawn(block) if isinstance(block, Chart) else block.image
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=dpi)
+    return picture.getvalue()
+
+
+def drawn(chart: Chart) -> Figure:
+    """A chart, drawn by matplotlib."""
+    heights = [height_of(panel) * PER_PIXEL for panel in chart.panels]
+    figure = Figure(figsize=(WIDTH, sum(heights) + 1.2), layout="constrained")
+    axes = figure.subplots(len(chart.panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
+    shown: dict[str, object] = {}
+    for axis, panel in zip(axes, chart.panels, strict=True):
+        if isinstance(panel, Heat):
+            _heat(figure, axis, panel)
+        else:
+            _lines(axis, panel, shown)
+        axis.set_title(panel.label, fontsize="small", loc="left")
+        axis.tick_params(labelsize="small")
+    if chart.is_log:
+        axes[-1].set_xscale("log")
+    axes[-1].set_xlabel(chart.x)
+    figure.suptitle(chart.title)
+    if len(shown) > 1:
+        figure.legend(
+            shown.values(), shown, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize="small", frameon=False
+        )
+    return figure
+
+
+def height_of(panel: Panel | Heat) -> int:
+    """In pixels of the page."""
+    return panel.height if isinstance(panel, Panel) else 40 + 16 * len(panel.rows)
+
+
+def _lines(axis: Axes, panel: Panel, shown: dict[str, object]) -> None:
+    for line in panel.lines:
+        (handle,) = axis.plot(
+            line.x,
+            line.y,
+            linestyle=line.dash,
+            color=line.color,
+            linewidth=1.4,
+            drawstyle="steps-post" if line.holds else "default",
+            marker="o" if line.has_marks else None,
+            markersize=3,
+        )
+        shown.setdefault(line.label, handle)
+    if panel.is_log:
+        logarithmic(axis, np.concatenate([line.y for line in panel.lines]))
+    axis.grid(alpha=0.3)
+
+
+def _heat(figure: Figure, axis: Axes, panel: Heat) -> None:
+    most = float(np.abs(panel.values).max()) or 1.0
+    rows = np.arange(len(panel.rows) + 1)
+    mesh = axis.pcolormesh(panel.edges, rows, panel.values, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -most, most))
+    axis.set_yticks(rows[:-1] + 0.5, panel.rows)
+    axis.invert_yaxis()
+    figure.colorbar(mesh, ax=axis, pad=0.01)
