@@ -51,12 +51,7 @@ VERBS = {
         Verb("compare", "compare a policy with other schedules", "rlsched.experiments.compare.command"),
         Verb("benchmark", "measure policies on a suite of tasks", "rlsched.experiments.benchmark.command"),
         Verb("export", "export a policy file from a training run", "rlsched.agents.commands.export", resumes=False),
-        Verb(
-            "report",
-            "one page from runs: schedules, losses, decisions, comparisons",
-            "rlsched.experiments.report.command",
-            resumes=False,
-        ),
+        Verb("report", "one page from runs, to look at", "rlsched.experiments.report.command", resumes=False),
         Verb("explain", "why a policy decides as it does", "rlsched.experiments.explain.command", resumes=False),
     )
 }

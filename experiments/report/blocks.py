@@ -15,6 +15,7 @@ Array = NDArray[np.float64]
 # Of matplotlib ("tab10"), but for its gray, which says "base": they can be told apart on a light and on a dark page.
 PALETTE = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#bcbd22", "#17becf")
 GRAY = "#8a8a8a"
+DETAILED = 4  # times fewer points of what has details, and columns, than of other curves
 SOLID, DASHED, DOTTED = "solid", "dashed", "dotted"
 
 
@@ -114,17 +115,17 @@ def thinned(panel: Panel | Heat, most: int) -> Panel | Heat:
     if isinstance(panel, Panel):
         return replace(panel, lines=[_thinned(line, most) for line in panel.lines])
     n = panel.values.shape[1]
-    if n <= most:
+    if n <= most // DETAILED:
         return panel
-    chosen = _evenly(n, most)
+    chosen = _evenly(n, most // DETAILED)
     return replace(panel, edges=np.append(panel.edges[chosen], panel.edges[-1]), values=panel.values[:, chosen])
 
 
 def _thinned(line: Line, most: int) -> Line:
     n = len(line.x)
-    if n <= most:
+    if n <= (most // DETAILED if line.details else most):
         return line
-    chosen = _evenly(n, most) if line.details else _extremes(line.y, most)
+    chosen = _evenly(n, most // DETAILED) if line.details else _extremes(line.y, most)
     details = {name: values[chosen] for name, values in line.details.items()}
     return replace(line, x=line.x[chosen], y=line.y[chosen], details=details)
 

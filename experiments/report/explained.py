@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 TOP = 12  # of the features of an attribution, that are shown
 ACTIONS = "An action moves its control: 0 leaves it where it is, ±1 moves it as fast as it goes."
 NOTE = f"""\
-{ACTIONS} Below is what it owes to each observation, by integrated gradients: red raises the action, blue lowers it. All \
-of a column add up to the action before it is clipped to ±1, less that at a typical observation. Of the observations the \
-{TOP} that matter most in this run are shown; pointing at an action tells what was seen, and the part that it had."""
+{ACTIONS} Below is what it owes to each observation, by integrated gradients: red raises the action, blue lowers it. \
+All of a column add up to the action before it is clipped to ±1, less that at a typical observation. Of the \
+observations the {TOP} that matter most in this run are shown; pointing at an action tells what was seen, and the part \
+that it had."""
 
 
 class Known(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -29,7 +29,7 @@ from matplotlib.colors import to_hex
 from tensorboard.plugin_util import markdown_to_safe_html
 
 import rlsched
-from rlsched.experiments.report.blocks import Chart, Heat, Line, Panel, Picture, Section, Text, thinned
+from rlsched.experiments.report.blocks import DETAILED, Chart, Heat, Line, Panel, Picture, Section, Text, thinned
 from rlsched.experiments.report.pictures import height_of, png
 
 LARGEST = 5_000_000  # bytes of a page
@@ -38,17 +38,17 @@ FINENESS = ((1000, 110), (400, 90), (200, 70), (100, 60), (50, 50))
 DIVERGING = [to_hex(colormaps["RdBu_r"](value)) for value in np.linspace(0, 1, 101)]
 NEAR, MARK = 9, 4  # pixels: of the point that a pointer is on, and of one that is shown
 CHARACTERS = 120  # of a line of a legend
-SHORT = (
-    "return Math.abs(tick) >= 1e5 || Math.abs(tick) < 1e-3 && tick != 0 ? tick.toExponential().replace('e+', 'e') : \
-String(Number(tick.toPrecision(4)))"
-)
+SHORT = """
+const size = Math.abs(tick), short = Number(tick.toPrecision(4));
+return size >= 1e5 || (size < 1e-3 && size > 0) ? short.toExponential().replace("e+", "e") : String(short);
+"""
 STYLE = """
 :root { color-scheme: light dark; --text: #222; --quiet: #666; --line: #ddd; --page: #fff; --code: #f5f5f5 }
 @media (prefers-color-scheme: dark) {
   :root { --text: #ddd; --quiet: #999; --line: #444; --page: #181a1b; --code: #242627 }
 }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 0 auto; padding: 1em 2em;
-  max-width: 1180px }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 0 auto;
+  padding: 1em 2em; max-width: 1180px }
 h1 { margin-bottom: 0 } h2 { margin-top: 2em; border-bottom: 1px solid var(--line) } h3 { margin: 1.5em 0 0.3em }
 p { max-width: 60em; margin: 0.4em 0 } nav a { margin-right: 1.2em; white-space: nowrap } a { color: inherit }
 .quiet { color: var(--quiet) } .table { overflow-x: auto }
@@ -109,7 +109,7 @@ def _page(title: str, sections: Sequence[Section], points: int, dpi: int, *, is_
     for i, section in enumerate(sections):
         body.append(f'<h2 id="{i}">{html.escape(section.title)}</h2>')
         for block in section.blocks:
-            body += _block(block, places, dpi)
+            body += _block(block, section.title, places, dpi)
     if is_thinned:
         body.append(
             f'<p class="quiet">So that the page stays small, curves have about {points} points, with their extremes, '
@@ -129,13 +129,13 @@ def _page(title: str, sections: Sequence[Section], points: int, dpi: int, *, is_
     return "\n".join(lines).encode()
 
 
-def _block(block: Text | Chart | Picture, places: Iterator[str], dpi: int) -> Iterator[str]:
+def _block(block: Text | Chart | Picture, heading: str, places: Iterator[str], dpi: int) -> Iterator[str]:
     match block:
         case Text(markdown, summary):
             text = f'<div class="table">{markdown_to_safe_html(markdown)}</div>'
             yield _folded(summary, text) if summary else text
         case Chart():
-            yield f"<h3>{html.escape(block.title)}</h3>"
+            yield f"<h3>{html.escape(block.title)}</h3>" if block.title != heading else ""
             yield markdown_to_safe_html(block.note) if block.note else ""
             yield next(places)
         case Picture():
@@ -146,9 +146,6 @@ def _block(block: Text | Chart | Picture, places: Iterator[str], dpi: int) -> It
 
 def _folded(summary: str, content: str) -> str:
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
-
-
-DETAILED = 4  # times fewer points in what has details
 
 
 def _drawn(chart: Chart, points: int) -> Any:
@@ -173,7 +170,7 @@ def _drawn(chart: Chart, points: int) -> Any:
         )
         plot.title.text_font_size, plot.title.text_font_style = "9pt", "normal"
         plot.xaxis.formatter = CustomJSTickFormatter(code=SHORT)
-        thin = thinned(panel, points if isinstance(panel, Panel) else points // DETAILED)
+        thin = thinned(panel, points)
         if isinstance(thin, Heat):
             _heat(plot, thin, chart.x)
         else:
@@ -213,7 +210,7 @@ def _lines(plot: Any, panel: Panel, x_label: str, shown: dict[str, list[Any]]) -
             "x", "y", source=source, size=MARK if line.has_marks else NEAR, color=to_hex(line.color),
             alpha=1.0 if line.has_marks else 0.0, hover_alpha=1.0,
         )  # fmt: skip
-        plot.add_tools(HoverTool(renderers=[point], tooltips=_tooltip(line, panel, x_label), visible=False))
+        plot.add_tools(_pointed_at(point, _tooltip(line, x_label), source.data.keys() - {"x"}))
         shown.setdefault(line.label, []).extend((glyph, point))
 
 
@@ -227,30 +224,25 @@ def _columns(line: Line, *, is_log: bool) -> dict[str, Any]:
     return columns
 
 
-def _tooltip(line: Line, panel: Panel, x_label: str) -> str:
+def _tooltip(line: Line, x_label: str) -> str:
     """What is told of a point, as HTML."""
-    rows = [f"<b>{_plain(line.label)}</b><br>{_plain(x_label)} @x{{0,0.[000]}}: @y{{%.4g}}"]
-    details = []
+    told = f"<b>{_plain(line.label)}</b><br>{_plain(x_label)} @x{{0,0.[000]}}: @y{{%.4g}}"
+    has_parts = any(values.ndim > 1 for values in line.details.values())
+    rows = [("", "seen", "part in the action")] if has_parts else []
     for number, (name, values) in enumerate(line.details.items()):
-        parts = [f"@d{number}_0{{%.3g}}"]
         if values.ndim > 1:
-            parts.append(f"@d{number}_1{{%+.3f}}")
+            rows.append((_plain(name), f"@d{number}_0{{%.3g}}", f"@d{number}_1{{%+.3f}}"))
         else:
-            parts.insert(0, "") if _is_owed(line) else None
-        cells = "".join(f'<td align="right" style="padding-left:1em">{part}</td>' for part in parts)
-        details.append(f"<tr><td>{_plain(name)}</td>{cells}</tr>")
-    if details:
-        head = (
-            "<tr><td></td><td align=right>seen</td><td align=right>part in the action</td></tr>"
-            if _is_owed(line)
-            else ""
-        )
-        rows.append(f'<table style="font-size:11px;line-height:1.15">{head}{"".join(details)}</table>')
-    return f"<div>{''.join(rows)}</div>"
+            rows.append((_plain(name), *[""] * has_parts, f"@d{number}_0{{%.3g}}"))
+    cells = ["".join(f'<td style="padding-right:1em">{cell}</td>' for cell in row) for row in rows]
+    table = "".join(f"<tr>{row}</tr>" for row in cells)
+    return f'<div>{told}<table style="font-size:11px;line-height:1.15">{table}</table></div>'
 
 
-def _is_owed(line: Line) -> bool:
-    return any(values.ndim > 1 for values in line.details.values())
+def _pointed_at(glyph: Any, tooltip: str, columns: Iterable[str]) -> HoverTool:
+    """Tells of what the pointer is on; these columns are formatted as by printf."""
+    printf = {f"@{column}": "printf" for column in columns}
+    return HoverTool(renderers=[glyph], tooltips=tooltip, formatters=printf, visible=False)
 
 
 def _plain(text: str) -> str:
@@ -294,6 +286,5 @@ def _heat(plot: Any, panel: Heat, x_label: str) -> None:
     plot.yaxis.major_label_overrides = {i + 0.5: name for i, name in enumerate(panel.rows)}
     plot.yaxis.major_label_text_font_size = "8pt"
     plot.ygrid.visible = False
-    plot.add_tools(
-        HoverTool(renderers=[cells], tooltips=f"{_plain(x_label)} @left{{0,0}}: @value{{%+.3f}}", visible=False)
-    )
+    tooltip = f"<div>{_plain(x_label)} @left{{0,0}}: @value{{%+.3f}}</div>"
+    plot.add_tools(_pointed_at(cells, tooltip, ["value"]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -23,6 +25,7 @@ def png(block: Chart | Picture, dpi: int = DPI) -> bytes:
     if isinstance(block, Picture) and isinstance(block.image, bytes):
         return block.image
     figure = drawn(block) if isinstance(block, Chart) else block.image
+    assert isinstance(figure, Figure)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()
@@ -33,7 +36,7 @@ def drawn(chart: Chart) -> Figure:
     heights = [height_of(panel) * PER_PIXEL for panel in chart.panels]
     figure = Figure(figsize=(WIDTH, sum(heights) + 1.2), layout="constrained")
     axes = figure.subplots(len(chart.panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
-    shown: dict[str, object] = {}
+    shown: dict[str, Artist] = {}
     for axis, panel in zip(axes, chart.panels, strict=True):
         if isinstance(panel, Heat):
             _heat(figure, axis, panel)
@@ -46,9 +49,8 @@ def drawn(chart: Chart) -> Figure:
     axes[-1].set_xlabel(chart.x)
     figure.suptitle(chart.title)
     if len(shown) > 1:
-        figure.legend(
-            shown.values(), shown, loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize="small", frameon=False
-        )
+        look: dict[str, Any] = {"ncols": LEGEND_COLUMNS, "fontsize": "small", "frameon": False}
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", **look)
     return figure
 
 
@@ -57,7 +59,7 @@ def height_of(panel: Panel | Heat) -> int:
     return panel.height if isinstance(panel, Panel) else 40 + 16 * len(panel.rows)
 
 
-def _lines(axis: Axes, panel: Panel, shown: dict[str, object]) -> None:
+def _lines(axis: Axes, panel: Panel, shown: dict[str, Artist]) -> None:
     for line in panel.lines:
         (handle,) = axis.plot(
             line.x,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -116,10 +117,7 @@ def _check(policies: Sequence[str], runs: dict[str, ScheduledRun]) -> None:
     for name in policies:
         digest = SchedulePolicy.load(name).digest
         if digest not in digests:
-            of = (
-                " and ".join(sorted(f"sha256={other[:12]}" for other in digests if other))
-                or "no policy that is recorded"
-            )
+            of = " and ".join(sorted(f"sha256={other[:12]}" for other in digests if other)) or "none that is recorded"
             raise ValueError(f"--policy {name}, sha256={digest[:12]}, decided in none of the runs: they are of {of}")
 
 
@@ -132,8 +130,9 @@ def publish(parts: Sequence[Section], title: str, out: Path, pictures: Path | No
     """
     written = [write(out, page(title, parts))]
     if pictures is not None:
-        for part in parts:
-            for block in part.blocks:
-                if isinstance(block, Chart | Picture):
-                    written.append(write(pictures / f"{block.name}.png", png(block)))
+        names: Counter[str] = Counter()
+        for block in (block for part in parts for block in part.blocks if isinstance(block, Chart | Picture)):
+            names[block.name] += 1
+            number = f"-{names[block.name]}" if names[block.name] > 1 else ""
+            written.append(write(pictures / f"{block.name}{number}.png", png(block)))
     return written

@@ -150,17 +150,13 @@ def _alone(name: str, run: TrainingRun) -> Iterable[Chart | Picture | Text]:
                 Line(label, *run.log.scalars[f"{tags}/{label}"], color, has_marks=True)
                 for label, color in zip(found, colors(len(found)), strict=True)
             ]
-            yield Chart(
-                file_name(f"{name}-{slug}"),
-                title,
-                [Panel(tags[2:] if tags[0].isdigit() else "return", lines, height=300)],
-                "",
-                TIMESTEPS,
-            )
+            label = tags.removeprefix("2 ").removeprefix("rollout/")
+            panel = Panel(label, lines, height=300)
+            yield Chart(file_name(f"{name}-{slug}"), title, [panel], "", TIMESTEPS)
     if by := _latest(run):
         yield Text(by)
     panels = [
-        Panel(title, [Line(name, *run.log.scalars[tag], holds=False)], height=140)
+        Panel(title, [Line(name, *run.log.scalars[tag])], height=140)
         for title, tag in PPO.items()
         if tag in run.log.scalars
     ]
@@ -180,13 +176,16 @@ def _latest(run: TrainingRun) -> str:
     for what, tags in (("family", FAMILY), ("optimizer", OPTIMIZER)):
         rows = []
         for label in _below(run.log, tags):
-            own = [
-                run.logs[log].scalars.get(f"{tags}/{label}") if log in run.logs else None for log in (LOG, BASE, TUNED)
-            ]
-            rows.append([label, *("–" if s is None else f"{s.values[-1]:.3f}" for s in own)])
+            own = [_last(run, log, f"{tags}/{label}") for log in (LOG, BASE, TUNED)]
+            rows.append([label, *own])
         if rows:
             tables.append(markdown([f"latest return by {what}", "policy", "base schedule", "tuned"], rows))
     return "\n\n".join(tables)
+
+
+def _last(run: TrainingRun, log: str, tag: str) -> str:
+    scalars = run.logs[log].scalars.get(tag) if log in run.logs else None
+    return "–" if scalars is None else f"{scalars.values[-1]:.3f}"
 
 
 def _below(log: Log, tags: str) -> list[str]:
