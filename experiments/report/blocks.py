@@ -106,26 +106,35 @@ def colors(number: int) -> list[str]:
     return list(islice(cycle(PALETTE), number))
 
 
+def fineness(panel: Panel | Heat) -> int:
+    """The number of points below which a panel cannot be thinned without a loss."""
+    if isinstance(panel, Heat):
+        return DETAILED * panel.values.shape[1]
+    return max((_fineness(line) for line in panel.lines), default=0)
+
+
 def thinned(panel: Panel | Heat, most: int) -> Panel | Heat:
-    """The panel with at most about so many points in each curve, and as many columns.
+    """The panel with at most about so many points in each curve, and a part of it where each point has details.
 
     Of a curve the lowest and the highest point of each of its parts are kept, so that no spike is lost. What has
     details, or columns, is taken at even distances.
     """
     if isinstance(panel, Panel):
         return replace(panel, lines=[_thinned(line, most) for line in panel.lines])
-    n = panel.values.shape[1]
-    if n <= most // DETAILED:
+    if fineness(panel) <= most:
         return panel
-    chosen = _evenly(n, most // DETAILED)
+    chosen = _evenly(panel.values.shape[1], most // DETAILED)
     return replace(panel, edges=np.append(panel.edges[chosen], panel.edges[-1]), values=panel.values[:, chosen])
 
 
+def _fineness(line: Line) -> int:
+    return DETAILED * len(line.x) if line.details else len(line.x)
+
+
 def _thinned(line: Line, most: int) -> Line:
-    n = len(line.x)
-    if n <= (most // DETAILED if line.details else most):
+    if _fineness(line) <= most:
         return line
-    chosen = _evenly(n, most // DETAILED) if line.details else _extremes(line.y, most)
+    chosen = _evenly(len(line.x), most // DETAILED) if line.details else _extremes(line.y, most)
     details = {name: values[chosen] for name, values in line.details.items()}
     return replace(line, x=line.x[chosen], y=line.y[chosen], details=details)
 

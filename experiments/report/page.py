@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -21,16 +22,27 @@ from bokeh.models import (
     LinearColorMapper,
     LogTicker,
     Range1d,
+    glyphs,
 )
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
-from tensorboard.plugin_util import markdown_to_safe_html
 
 import rlsched
-from rlsched.experiments.report.blocks import DETAILED, Chart, Heat, Line, Panel, Picture, Section, Text, thinned
-from rlsched.experiments.report.pictures import height_of, png
+from rlsched.experiments.report.blocks import (
+    DETAILED,
+    Chart,
+    Heat,
+    Line,
+    Panel,
+    Picture,
+    Section,
+    Text,
+    fineness,
+    thinned,
+)
+from rlsched.experiments.report.pictures import height_of, largest, png, title_of
 
 LARGEST = 5_000_000  # bytes of a page
 # Points of a curve and dots per inch of a picture, in the order in which they are tried until the page is small enough.
@@ -85,8 +97,8 @@ def page(title: str, sections: Sequence[Section]) -> bytes:
     Raises:
         ValueError: it is larger whatever is left out.
     """
-    for place, (points, dpi) in enumerate(FINENESS):
-        content = _page(title, sections, points, dpi, is_thinned=place > 0)
+    for points, dpi in FINENESS:
+        content = _page(title, sections, points, dpi)
         if len(content) <= LARGEST:
             return content
     raise ValueError(
@@ -95,7 +107,7 @@ def page(title: str, sections: Sequence[Section]) -> bytes:
     )
 
 
-def _page(title: str, sections: Sequence[Section], points: int, dpi: int, *, is_thinned: bool) -> bytes:
+def _page(title: str, sections: Sequence[Section], points: int, dpi: int) -> bytes:
     charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
     script, divs = components([_drawn(chart, points) for chart in charts]) if charts else ("", [])
     places = iter(divs)
@@ -110,7 +122,7 @@ def _page(title: str, sections: Sequence[Section], points: int, dpi: int, *, is_
         body.append(f'<h2 id="{i}">{html.escape(section.title)}</h2>')
         for block in section.blocks:
             body += _block(block, section.title, places, dpi)
-    if is_thinned:
+    if any(fineness(panel) > points for chart in charts for panel in chart.panels):
         body.append(
             f'<p class="quiet">So that the page stays small, curves have about {points} points, with their extremes, '
             f"and {points // DETAILED} decisions of a run at most are shown.</p>"
@@ -132,16 +144,25 @@ def _page(title: str, sections: Sequence[Section], points: int, dpi: int, *, is_
 def _block(block: Text | Chart | Picture, heading: str, places: Iterator[str], dpi: int) -> Iterator[str]:
     match block:
         case Text(markdown, summary):
-            text = f'<div class="table">{markdown_to_safe_html(markdown)}</div>'
+            text = f'<div class="table">{_safe(markdown)}</div>'
             yield _folded(summary, text) if summary else text
         case Chart():
             yield f"<h3>{html.escape(block.title)}</h3>" if block.title != heading else ""
-            yield markdown_to_safe_html(block.note) if block.note else ""
+            yield _safe(block.note) if block.note else ""
             yield next(places)
         case Picture():
             data = base64.b64encode(png(block, dpi)).decode()
             image = f'<img alt="{html.escape(block.title)}" src="data:image/png;base64,{data}">'
             yield _folded(block.title, image) if block.is_folded else f"<h3>{html.escape(block.title)}</h3>{image}"
+
+
+def _safe(markdown: str) -> str:
+    """Markdown as TensorBoard shows it: without what a browser could run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of what TensorBoard brings along
+        from tensorboard.plugin_util import markdown_to_safe_html
+    shown: str = markdown_to_safe_html(markdown)
+    return shown
 
 
 def _folded(summary: str, content: str) -> str:
@@ -156,7 +177,7 @@ def _drawn(chart: Chart, points: int) -> Any:
     for place, panel in enumerate(chart.panels):
         plot = figure(
             height=height_of(panel) + (28 if place == len(chart.panels) - 1 else 0),
-            title=panel.label if isinstance(panel, Panel) else f"{panel.label} (darkest: ±{_most(panel):.2g})",
+            title=title_of(panel),
             tools="xpan,xwheel_zoom,box_zoom,reset,save",
             active_scroll=None,
             x_axis_type="log" if chart.is_log else "linear",
@@ -199,19 +220,21 @@ def _drawn(chart: Chart, points: int) -> Any:
 def _lines(plot: Any, panel: Panel, x_label: str, shown: dict[str, list[Any]]) -> None:
     if panel.is_log:
         _logarithmic(plot, panel)
+    points: dict[str, list[Any]] = {}  # by what is told of them: a tool for each would make the page slow
     for line in panel.lines:
         source = ColumnDataSource(_columns(line, is_log=panel.is_log))
-        look = {"line_color": to_hex(line.color), "line_dash": line.dash, "line_width": 1.6}
-        if line.holds:
-            glyph = plot.step("x", "y", source=source, mode="after", **look)
-        else:
-            glyph = plot.line("x", "y", source=source, **look)
-        point = plot.scatter(
-            "x", "y", source=source, size=MARK if line.has_marks else NEAR, color=to_hex(line.color),
-            alpha=1.0 if line.has_marks else 0.0, hover_alpha=1.0,
-        )  # fmt: skip
-        plot.add_tools(_pointed_at(point, _tooltip(line, x_label), source.data.keys() - {"x"}))
-        shown.setdefault(line.label, []).extend((glyph, point))
+        color = to_hex(line.color)
+        look: dict[str, Any] = {"line_color": color, "line_dash": line.dash, "line_width": 1.6}
+        curve = glyphs.Step(x="x", y="y", mode="after", **look) if line.holds else glyphs.Line(x="x", y="y", **look)
+        alpha, size = (1.0, MARK) if line.has_marks else (0.0, NEAR)
+        mark = glyphs.Scatter(
+            x="x", y="y", size=size, fill_color=color, line_color=None, fill_alpha=alpha, hit_dilation=2.0
+        )
+        drawn = [plot.add_glyph(source, glyph, name=line.label) for glyph in (curve, mark)]
+        points.setdefault(_tooltip(line, x_label), []).append(drawn[-1])
+        shown.setdefault(line.label, []).extend(drawn)
+    for tooltip, marks in points.items():
+        plot.add_tools(_pointed_at(marks, tooltip, set().union(*(mark.data_source.data for mark in marks)) - {"x"}))
 
 
 def _columns(line: Line, *, is_log: bool) -> dict[str, Any]:
@@ -226,9 +249,9 @@ def _columns(line: Line, *, is_log: bool) -> dict[str, Any]:
 
 def _tooltip(line: Line, x_label: str) -> str:
     """What is told of a point, as HTML."""
-    told = f"<b>{_plain(line.label)}</b><br>{_plain(x_label)} @x{{0,0.[000]}}: @y{{%.4g}}"
+    told = f"<b>$name</b><br>{_plain(x_label)} @x{{0,0.[000]}}: @y{{%.4g}}"
     has_parts = any(values.ndim > 1 for values in line.details.values())
-    rows = [("", "seen", "part in the action")] if has_parts else []
+    rows: list[tuple[str, ...]] = [("", "seen", "part in the action")] if has_parts else []
     for number, (name, values) in enumerate(line.details.items()):
         if values.ndim > 1:
             rows.append((_plain(name), f"@d{number}_0{{%.3g}}", f"@d{number}_1{{%+.3f}}"))
@@ -239,10 +262,10 @@ def _tooltip(line: Line, x_label: str) -> str:
     return f'<div>{told}<table style="font-size:11px;line-height:1.15">{table}</table></div>'
 
 
-def _pointed_at(glyph: Any, tooltip: str, columns: Iterable[str]) -> HoverTool:
+def _pointed_at(drawn: list[Any], tooltip: str, columns: Iterable[str]) -> HoverTool:
     """Tells of what the pointer is on; these columns are formatted as by printf."""
     printf = {f"@{column}": "printf" for column in columns}
-    return HoverTool(renderers=[glyph], tooltips=tooltip, formatters=printf, visible=False)
+    return HoverTool(renderers=drawn, tooltips=tooltip, formatters=printf, visible=False)
 
 
 def _plain(text: str) -> str:
@@ -262,12 +285,8 @@ def _logarithmic(plot: Any, panel: Panel) -> None:
     plot.yaxis.ticker = LogTicker(mantissas=[1, 2, 5] if high < 50 * low else [1], desired_num_ticks=5)
 
 
-def _most(panel: Heat) -> float:
-    return float(np.abs(panel.values).max()) or 1.0
-
-
 def _heat(plot: Any, panel: Heat, x_label: str) -> None:
-    n, most = len(panel.edges) - 1, _most(panel)
+    n, most = len(panel.edges) - 1, largest(panel)
     count = len(panel.rows)
     bottom = np.repeat(np.arange(count), n)
     columns = {
@@ -278,13 +297,12 @@ def _heat(plot: Any, panel: Heat, x_label: str) -> None:
         "value": panel.values.reshape(-1).astype(np.float32),
     }
     fill = {"field": "value", "transform": LinearColorMapper(palette=DIVERGING, low=-most, high=most)}
-    cells = plot.quad(
-        "left", "right", "top", "bottom", source=ColumnDataSource(columns), fill_color=fill, line_color=None
-    )
+    sides = {side: side for side in ("left", "right", "top", "bottom")}
+    cells = plot.add_glyph(ColumnDataSource(columns), glyphs.Quad(**sides, fill_color=fill, line_color=None))
     plot.y_range = Range1d(count, 0)
     plot.yaxis.ticker = [i + 0.5 for i in range(count)]
     plot.yaxis.major_label_overrides = {i + 0.5: name for i, name in enumerate(panel.rows)}
     plot.yaxis.major_label_text_font_size = "8pt"
     plot.ygrid.visible = False
     tooltip = f"<div>{_plain(x_label)} @left{{0,0}}: @value{{%+.3f}}</div>"
-    plot.add_tools(_pointed_at(cells, tooltip, ["value"]))
+    plot.add_tools(_pointed_at([cells], tooltip, ["value"]))

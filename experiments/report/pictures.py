@@ -34,24 +34,39 @@ def png(block: Chart | Picture, dpi: int = DPI) -> bytes:
 def drawn(chart: Chart) -> Figure:
     """A chart, drawn by matplotlib."""
     heights = [height_of(panel) * PER_PIXEL for panel in chart.panels]
-    figure = Figure(figsize=(WIDTH, sum(heights) + 1.2), layout="constrained")
-    axes = figure.subplots(len(chart.panels), squeeze=False, sharex=True, gridspec_kw={"height_ratios": heights})[:, 0]
+    gap, bottom, top = 0.5, 0.5, 0.65  # inches: between panels, and beside them; the layout engine takes seconds
+    labels = {line.label for panel in chart.panels if isinstance(panel, Panel) for line in panel.lines}
+    bottom += 0.22 * -(-len(labels) // LEGEND_COLUMNS) if len(labels) > 1 else 0
+    height = sum(heights) + gap * (len(heights) - 1) + bottom + top
+    figure = Figure(figsize=(WIDTH, height))
+    margins = {"left": 1.5 / WIDTH, "right": 1 - 0.2 / WIDTH, "bottom": bottom / height, "top": 1 - top / height}
+    grid = {**margins, "height_ratios": heights, "hspace": gap / np.mean(heights)}
+    axes = figure.subplots(len(chart.panels), squeeze=False, sharex=True, gridspec_kw=grid)[:, 0]
     shown: dict[str, Artist] = {}
     for axis, panel in zip(axes, chart.panels, strict=True):
         if isinstance(panel, Heat):
-            _heat(figure, axis, panel)
+            _heat(axis, panel)
         else:
             _lines(axis, panel, shown)
-        axis.set_title(panel.label, fontsize="small", loc="left")
+        axis.set_title(title_of(panel), fontsize="small", loc="left")
         axis.tick_params(labelsize="small")
     if chart.is_log:
         axes[-1].set_xscale("log")
     axes[-1].set_xlabel(chart.x)
-    figure.suptitle(chart.title)
+    figure.suptitle(chart.title, y=1 - 0.15 / height)
     if len(shown) > 1:
         look: dict[str, Any] = {"ncols": LEGEND_COLUMNS, "fontsize": "small", "frameon": False}
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", **look)
+        figure.legend(shown.values(), shown.keys(), loc="lower center", **look)
     return figure
+
+
+def title_of(panel: Panel | Heat) -> str:
+    return panel.label if isinstance(panel, Panel) else f"{panel.label} (darkest: ±{largest(panel):.2g})"
+
+
+def largest(panel: Heat) -> float:
+    """The size of the number with the darkest color."""
+    return float(np.abs(panel.values).max()) or 1.0
 
 
 def height_of(panel: Panel | Heat) -> int:
@@ -77,10 +92,9 @@ def _lines(axis: Axes, panel: Panel, shown: dict[str, Artist]) -> None:
     axis.grid(alpha=0.3)
 
 
-def _heat(figure: Figure, axis: Axes, panel: Heat) -> None:
-    most = float(np.abs(panel.values).max()) or 1.0
+def _heat(axis: Axes, panel: Heat) -> None:
+    most = largest(panel)
     rows = np.arange(len(panel.rows) + 1)
-    mesh = axis.pcolormesh(panel.edges, rows, panel.values, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -most, most))
+    axis.pcolormesh(panel.edges, rows, panel.values, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -most, most))
     axis.set_yticks(rows[:-1] + 0.5, panel.rows)
     axis.invert_yaxis()
-    figure.colorbar(mesh, ax=axis, pad=0.01)

@@ -151,7 +151,8 @@ def read(folder: Path) -> ScheduledRun:
     """
     if not has_log(folder):
         raise ValueError(f"{folder} has {decisions.NAME}, but no TensorBoard log ({FILES}) beside it")
-    log, notes, recorded = read_log(folder), [], None
+    log, recorded = read_log(folder), None
+    notes: list[str] = []
     if not any(tag == RATES or tag.startswith(f"{RATES}/") for tag in log.scalars):
         raise ValueError(f"{folder} {_what_else(log)}")
     if (folder / decisions.NAME).exists():
