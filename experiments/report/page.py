@@ -6,11 +6,13 @@ import base64
 import html
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
+from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.layouts import gridplot
 from bokeh.models import (
@@ -46,7 +48,7 @@ from rlsched.experiments.report.pictures import height_of, largest, png, title_o
 
 LARGEST = 5_000_000  # bytes of a page
 # Points of a curve and dots per inch of a picture, in the order in which they are tried until the page is small enough.
-FINENESS = ((1000, 110), (400, 90), (200, 70), (100, 60), (50, 50))
+FINENESS = ((1000, 110), (400, 110), (200, 70), (100, 70), (50, 50))
 DIVERGING = [to_hex(colormaps["RdBu_r"](value)) for value in np.linspace(0, 1, 101)]
 NEAR, MARK = 9, 4  # pixels: of the point that a pointer is on, and of one that is shown
 CHARACTERS = 120  # of a line of a legend
@@ -97,8 +99,9 @@ def page(title: str, sections: Sequence[Section]) -> bytes:
     Raises:
         ValueError: it is larger whatever is left out.
     """
+    draw = cache(png)  # which takes longer than all else
     for points, dpi in FINENESS:
-        content = _page(title, sections, points, dpi)
+        content = _page(title, sections, points, partial(draw, dpi=dpi))
         if len(content) <= LARGEST:
             return content
     raise ValueError(
@@ -107,9 +110,9 @@ def page(title: str, sections: Sequence[Section]) -> bytes:
     )
 
 
-def _page(title: str, sections: Sequence[Section], points: int, dpi: int) -> bytes:
+def _page(title: str, sections: Sequence[Section], points: int, draw: Callable[[Picture], bytes]) -> bytes:
     charts = [block for section in sections for block in section.blocks if isinstance(block, Chart)]
-    script, divs = components([_drawn(chart, points) for chart in charts]) if charts else ("", [])
+    script, divs = components(_roots(charts, points)) if charts else ("", [])
     places = iter(divs)
     body = [
         f"<h1>{html.escape(title)}</h1>",
@@ -121,7 +124,7 @@ def _page(title: str, sections: Sequence[Section], points: int, dpi: int) -> byt
     for i, section in enumerate(sections):
         body.append(f'<h2 id="{i}">{html.escape(section.title)}</h2>')
         for block in section.blocks:
-            body += _block(block, section.title, places, dpi)
+            body += _block(block, section.title, places, draw)
     if any(fineness(panel) > points for chart in charts for panel in chart.panels):
         body.append(
             f'<p class="quiet">So that the page stays small, curves have about {points} points, with their extremes, '
@@ -141,7 +144,9 @@ def _page(title: str, sections: Sequence[Section], points: int, dpi: int) -> byt
     return "\n".join(lines).encode()
 
 
-def _block(block: Text | Chart | Picture, heading: str, places: Iterator[str], dpi: int) -> Iterator[str]:
+def _block(
+    block: Text | Chart | Picture, heading: str, places: Iterator[str], draw: Callable[[Picture], bytes]
+) -> Iterator[str]:
     match block:
         case Text(markdown, summary):
             text = f'<div class="table">{_safe(markdown)}</div>'
@@ -151,7 +156,7 @@ def _block(block: Text | Chart | Picture, heading: str, places: Iterator[str], d
             yield _safe(block.note) if block.note else ""
             yield next(places)
         case Picture():
-            data = base64.b64encode(png(block, dpi)).decode()
+            data = base64.b64encode(draw(block)).decode()
             image = f'<img alt="{html.escape(block.title)}" src="data:image/png;base64,{data}">'
             yield _folded(block.title, image) if block.is_folded else f"<h3>{html.escape(block.title)}</h3>{image}"
 
@@ -167,6 +172,15 @@ def _safe(markdown: str) -> str:
 
 def _folded(summary: str, content: str) -> str:
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
+
+
+def _roots(charts: Sequence[Chart], points: int) -> list[Any]:
+    """The charts, in Bokeh, in one document: it goes through all of them whenever one is added, unless it is frozen."""
+    document = Document()
+    with document.models.freeze():
+        for chart in charts:
+            document.add_root(_drawn(chart, points))
+    return document.roots
 
 
 def _drawn(chart: Chart, points: int) -> Any:
@@ -202,7 +216,7 @@ def _drawn(chart: Chart, points: int) -> Any:
     if len(shown) > 1:
         columns = max(1, CHARACTERS // (max(map(len, shown)) + 6))
         legend = Legend(
-            items=[LegendItem(label=label, renderers=glyphs) for label, glyphs in shown.items()],
+            items=[LegendItem(label=label, renderers=drawn_of) for label, drawn_of in shown.items()],
             click_policy="hide",
             ncols=min(columns, len(shown)),
             border_line_color=None,
@@ -297,7 +311,7 @@ def _heat(plot: Any, panel: Heat, x_label: str) -> None:
         "value": panel.values.reshape(-1).astype(np.float32),
     }
     fill = {"field": "value", "transform": LinearColorMapper(palette=DIVERGING, low=-most, high=most)}
-    sides = {side: side for side in ("left", "right", "top", "bottom")}
+    sides: dict[str, Any] = {side: side for side in ("left", "right", "top", "bottom")}
     cells = plot.add_glyph(ColumnDataSource(columns), glyphs.Quad(**sides, fill_color=fill, line_color=None))
     plot.y_range = Range1d(count, 0)
     plot.yaxis.ticker = [i + 0.5 for i in range(count)]

@@ -273,7 +273,7 @@ def test_page_and_pictures_of_runs_of_every_kind(kept, policy_file, tmp_path, mo
     small = ("response-lr", Figure((1, 1)))  # the others are drawn in another test, and slow
     monkeypatch.setattr(Explanation, "figures", lambda self, courses: iter([small]))
     out, pictures = tmp_path / "out" / "page.html", tmp_path / "pictures"
-    names = ("whole", "stopped", "training", "compared")
+    names = ("whole", "training", "compared")
     folders = [str(kept / name) for name in names]
     assert main(["report", *folders, "--policy", policy_file, "--out", str(out), "--png", str(pictures)]) == 0
     assert str(out) in capsys.readouterr().out
