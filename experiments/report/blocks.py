@@ -92,6 +92,11 @@ class Section:
     blocks: Sequence[Text | Chart | Picture]
 
 
+def looks(number: int) -> list[tuple[str, str]]:
+    """Colors and dashes that tell so many curves apart."""
+    return list(islice(cycle((color, dash) for dash in (SOLID, DASHED, DOTTED) for color in PALETTE), number))
+
+
 def file_name(text: str) -> str:
     """What a file can be called."""
     return re.sub(r"[^a-zA-Z0-9]+", "-", text).strip("-").lower()

@@ -68,7 +68,6 @@ p { max-width: 60em; margin: 0.4em 0 } nav a { margin-right: 1.2em; white-space:
 .quiet { color: var(--quiet) } .table { overflow-x: auto }
 table { border-collapse: collapse; margin: 0.6em 0; font-size: 0.92em }
 td, th { border: 1px solid var(--line); padding: 0.2em 0.6em; text-align: left; font-variant-numeric: tabular-nums }
-td[align=right], th[align=right] { text-align: right }
 pre { background: var(--code); padding: 0.8em; overflow-x: auto; line-height: 1.35; font-size: 0.85em }
 code { background: var(--code); padding: 0 0.2em } pre code { padding: 0 }
 img { max-width: 100%; background: #fff } summary { cursor: pointer; margin: 0.4em 0 }

@@ -124,7 +124,3 @@ def _benchmark(name: str, results: Benchmark) -> Iterator[Text | Picture]:
     if differences := benchmark_analysis.differences(results):
         yield Text(differences)
     yield Text(f"{benchmark_analysis.by_cell(results)}\n\n{benchmark_analysis.notes(results)}", "Each cell")
-    for policy in results.policies():
-        label = results.label(policy)
-        title = f"learning rates of {label}"
-        yield Picture(file_name(f"{name}-lr-{label}"), title, plots.learning_rates(results, policy), is_folded=True)

@@ -37,6 +37,7 @@ from rlsched.experiments.report.blocks import (
     Text,
     colors,
     file_name,
+    looks,
 )
 from rlsched.experiments.report.events import Log, has_log, read_log
 from rlsched.experiments.table import markdown
@@ -147,8 +148,8 @@ def _alone(name: str, run: TrainingRun) -> Iterable[Chart | Picture | Text]:
         found = _below(run.log, tags)
         if found:
             lines = [
-                Line(label, *run.log.scalars[f"{tags}/{label}"], color, has_marks=True)
-                for label, color in zip(found, colors(len(found)), strict=True)
+                Line(label, *run.log.scalars[f"{tags}/{label}"], *look, has_marks=True)
+                for label, look in zip(found, looks(len(found)), strict=True)
             ]
             label = tags.removeprefix("2 ").removeprefix("rollout/")
             panel = Panel(label, lines, height=300)
