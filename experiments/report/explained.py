@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rlsched.experiments.explain.explanation import Explanation
 
 TOP = 12  # of the features of an attribution, that are shown
+BEFORE, TYPICAL = "before clipping", "at a typical observation"
 ACTIONS = "An action moves its control: 0 leaves it where it is, ±1 moves it as fast as it goes."
 NOTE = f"""\
 {ACTIONS} Below is what it owes to each observation, by integrated gradients: red raises the action, blue lowers it. \
@@ -124,7 +125,8 @@ def _panels(explained: Explanation, course: int) -> Iterator[Panel | Heat]:
         order = [int(k) for k in np.argsort(-np.abs(owed).mean(0), kind="stable")[:TOP]]
         names = [attribution.features[k] for k in order]
         typical = float(attribution.baseline_action[i])
-        details: dict[str, Array] = {"typical": np.full(len(steps), typical)}
+        before = _numbers(decisions.actions[here, i])
+        details: dict[str, Array] = {BEFORE: before, TYPICAL: np.full(len(steps), typical)}
         for k, name in zip(order, names, strict=True):
             own = owed[:, k]
             details[name] = np.stack([seen[:, k], own], 1) if k < seen.shape[1] else own
@@ -135,8 +137,8 @@ def _panels(explained: Explanation, course: int) -> Iterator[Panel | Heat]:
             [
                 Line("as it moved the control", steps, _numbers(decisions.applied[here, i]), PALETTE[0], holds=True,
                      has_marks=True, details=details),
-                Line("before clipping", steps, _numbers(decisions.actions[here, i]), PALETTE[1], DASHED, holds=True),
-                Line("at a typical observation", edges[[0, -1]], np.full(2, typical), GRAY, DOTTED),
+                Line(BEFORE, steps, before, PALETTE[1], DASHED, holds=True),
+                Line(TYPICAL, edges[[0, -1]], np.full(2, typical), GRAY, DOTTED),
             ],
             height=150,
         )  # fmt: skip

@@ -233,6 +233,7 @@ def _drawn(chart: Chart, points: int) -> Any:
 def _lines(plot: Any, panel: Panel, x_label: str, shown: dict[str, list[Any]]) -> None:
     if panel.is_log:
         _logarithmic(plot, panel)
+    has_details = any(line.details for line in panel.lines)
     points: dict[str, list[Any]] = {}  # by what is told of them: a tool for each would make the page slow
     for line in panel.lines:
         source = ColumnDataSource(_columns(line, is_log=panel.is_log))
@@ -244,7 +245,8 @@ def _lines(plot: Any, panel: Panel, x_label: str, shown: dict[str, list[Any]]) -
             x="x", y="y", size=size, fill_color=color, line_color=None, fill_alpha=alpha, hit_dilation=2.0
         )
         drawn = [plot.add_glyph(source, glyph, name=line.label) for glyph in (curve, mark)]
-        points.setdefault(_tooltip(line, x_label), []).append(drawn[-1])
+        if line.details or not has_details:  # one tells of others that lie on it
+            points.setdefault(_tooltip(line, x_label), []).append(drawn[-1])
         shown.setdefault(line.label, []).extend(drawn)
     for tooltip, marks in points.items():
         plot.add_tools(_pointed_at(marks, tooltip, set().union(*(mark.data_source.data for mark in marks)) - {"x"}))

@@ -178,14 +178,20 @@ def _what_else(log: Log) -> str:
 
 def sections(runs: Mapping[str, ScheduledRun]) -> list[Section]:
     """What became of runs, by their names: figures side by side, and interventions."""
+    labels = dict.fromkeys(_label(run, name, group) for name, run in runs.items() for group in run.figure(RATES))
+    labels |= dict.fromkeys(runs)  # what is one for all groups
+    color = dict(zip(labels, colors(len(labels)), strict=True))
     blocks: list[Chart | Text] = []
-    color = dict(zip(runs, colors(len(runs)), strict=True))
     for name, title, note, charts in CHARTS:
-        panels = [_panel(runs, color, chart) for chart in charts]
-        panels = [panel for panel in panels if panel.lines]
+        panels = [panel for panel in (_panel(runs, color, chart) for chart in charts) if panel.lines]
         if panels:
             blocks.append(Chart(name, title, panels, note))
     return [Section("Runs side by side", [*blocks, _interventions(runs)])]
+
+
+def _label(run: ScheduledRun, name: str, group: str) -> str:
+    """What the curves of a group are called: as the run, if it is the only one."""
+    return f"{name}, {group}" if group and len(run.figure(RATES)) > 1 else name
 
 
 def _panel(runs: Mapping[str, ScheduledRun], color: Mapping[str, str], chart: str) -> Panel:
@@ -195,18 +201,16 @@ def _panel(runs: Mapping[str, ScheduledRun], color: Mapping[str, str], chart: st
     if LOSS in names:
         styles[VALIDATION_LOSS] = DOTTED
     lines = []
-    for label, run in runs.items():
+    for name, run in runs.items():
         used = run.figure(names[0])
-        groups = [*used]
-        for name, dash in styles.items():
-            for group, (steps, values) in run.figure(name).items():
-                y = 10**values if name == FACTOR else values
-                if name.startswith(PROPOSED) and _is_same(used.get(group), steps, y):
+        for figure, dash in styles.items():
+            for group, (steps, values) in run.figure(figure).items():
+                y = 10**values if figure == FACTOR else values
+                if figure.startswith(PROPOSED) and _is_same(used.get(group, used.get("")), steps, y):
                     continue
-                # Groups of a run have its color, and one line of the legend each.
-                called = f"{label}, {group}" if group and len(groups) > 1 else label
-                lines.append(Line(called, steps, y, color[label], dash, holds=name not in (LOSS, VALIDATION_LOSS)))
-    is_log = chart not in LINEAR
+                label = _label(run, name, group)
+                lines.append(Line(label, steps, y, color[label], dash, holds=figure not in (LOSS, VALIDATION_LOSS)))
+    is_log = chart not in LINEAR and any((line.y > 0).any() for line in lines)
     return Panel("learning rate over that of the base schedule" if FACTOR in names else chart, lines, is_log)
 
 

@@ -136,7 +136,7 @@ def test_decisions_are_explained_where_the_policy_is_known(kept, policy_file):
         assert [type(panel) for panel in panels] == [Panel, Heat] * len(CONTROLS)
         for action, owed in zip(panels[::2], panels[1::2], strict=True):
             applied, before, typical = action.lines
-            assert applied.x.tolist() == steps and applied.details.keys() == {"typical", *SEEN}
+            assert applied.x.tolist() == steps and applied.details.keys() == {before.label, typical.label, *SEEN}
             assert owed.values.sum(0) == pytest.approx(before.y - typical.y[0], abs=1e-3)
             assert applied.y == pytest.approx(before.y.clip(-1, 1), abs=1e-5)
             assert applied.details["progress"][:, 0] == pytest.approx(np.array(steps) / STEPS, rel=1e-5)
@@ -186,8 +186,10 @@ def test_groups_of_a_run_are_told_apart(tmp_path):
     train(model, optimizer, range(STEPS))
     optimizer.controller.log.writer.close()
     found = charts(sections([tmp_path / "run"]))
-    labels = {each.label for each in found["schedules"].panels[0].lines}
-    assert labels == {f"run, {name}" for name in optimizer.controller.groups.names} and len(labels) == 2
+    lines = found["schedules"].panels[0].lines
+    labels = {each.label for each in lines}
+    assert labels == {f"run, {name}" for name in optimizer.controller.groups.names}
+    assert len({each.color for each in lines}) == len(labels) == 2
     assert {name for name in found if name.startswith("decisions")} == {"decisions-run-0", "decisions-run-1"}
 
 
