@@ -35,7 +35,10 @@ def read(folder: Path) -> Run:
     for kind in KINDS:
         if kind.is_here(folder):
             return kind.read(folder)
-    inside = sorted({path.parent for path in folder.rglob("*") if _is_run(path.parent)} - {folder})
+    inside: list[Path] = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_dir()):  # a folder comes before those in it
+        if _is_run(path) and not any(run in path.parents for run in inside):
+            inside.append(path)
     if not inside:
         what = "is empty" if not any(folder.iterdir()) else "holds no run that can be reported"
         raise ValueError(
