@@ -150,7 +150,7 @@ class ScheduledOptimizer(Optimizer):
             bound on updates, and how high the probe lets a group start, are the group's own. All groups are decided in
             one call. Gradients are clipped by one norm for all, as the strictest group has it. A group without
             gradients in a window stands still, and one that is added begins at the first group's c_lr. `freeze` is
-            refused, as are sharded parameters. The shipped policy was not trained for it; see the README for figures.
+            refused, as are sharded parameters. The shipped policy was not trained for it; docs/groups.md has figures.
 
     Behaviour worth knowing:
         - Gradients are clipped in place, and those of a step whose loss or gradient is not finite never reach the

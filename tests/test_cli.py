@@ -73,7 +73,7 @@ def test_train_compare_export_work_on_each_others_output(tmp_path, capsys):
     assert torch.get_num_threads() == 1, "the user had chosen it: two on a busy machine can be ten times slower"
     printed = capsys.readouterr().out
     assert "digits, adam, 5 steps" in printed
-    for name in ("table.md", "plot.png", "runs.jsonl", "tensorboard"):
+    for name in ("table.md", "plot.png", "sweep.png", "runs.jsonl", "tensorboard"):
         assert str(out / name) in printed
         assert (out / name).exists()
 

@@ -4,7 +4,7 @@ import ast
 import re
 import runpy
 import shlex
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import torch
 
 from rlsched import actors, base_schedule, cli, control, signals
 from rlsched.actors import ACTORS
-from rlsched.agents import TrainConfig
 from rlsched.base_schedule import BASE_SCHEDULES
 from rlsched.control import CONTROLS
 from rlsched.envs import mixtures
@@ -25,10 +24,15 @@ PAGES = {
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("rlsched/pretrained/*.md")]
 }
 README, SUPPORT = PAGES["README.md"], PAGES["docs/support.md"]
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(
-    r"^(?:\.venv/bin/)?rlsched .*", "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)), re.MULTILINE
+COMMANDS = sorted(
+    {
+        command
+        for text in PAGES.values()
+        for block in re.findall(r"^ *```sh\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+        for command in re.findall(r"^ *((?:\.venv/bin/)?rlsched .*)", block, re.MULTILINE)
+    }
 )
+OTHERS = {"--logdir", "--version"}  # of TensorBoard, and of the command itself
 LINK = re.compile(r"\]\((?!http)([^)# ]*)(?:#([^) ]+))?(?: \".*?\")?\)")
 
 
@@ -37,23 +41,6 @@ def test_page_is_the_one_that_the_code_generates(name):
     """A table that somebody forgot to generate again would describe observations or tasks that are not there."""
     page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"][name]()
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == page, "run `make docs`"
-
-
-def test_readme_loop_runs(tmp_path, monkeypatch):
-    """The first thing that a newcomer copies must work."""
-    monkeypatch.chdir(tmp_path)
-    (snippet,) = [s for s in SNIPPETS if "for step in range" in s]
-    exec(compile(snippet, "README.md", "exec"), {})
-
-
-def test_readme_environment_runs(tmp_path):
-    """The environment's ids and arguments in the README must exist."""
-    snippets = [s for s in SNIPPETS if "make_vec" in s]
-    assert len(snippets) == 2
-    for snippet in snippets:
-        names = {}
-        exec(compile(re.sub(r"num_envs=\d+", "num_envs=4", snippet), "README.md", "exec"), names)
-        names["envs"].reset(seed=0)
 
 
 def test_page_of_stable_baselines_runs(tmp_path, monkeypatch):
@@ -75,21 +62,59 @@ def test_page_of_stable_baselines_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_readme_command_is_understood(command):
+def test_command_is_understood(command):
     """An option that was renamed would end what a newcomer pastes with a usage message."""
     cli._parser().parse_args(shlex.split(command, comments=True)[1:])
 
 
-def test_readme_options_and_settings_exist():
+def test_options_exist():
     """In the middle of a sentence too, an option has to be one."""
     verbs = cli._parser()._subparsers._group_actions[0].choices.values()
     for verb in verbs:
         verb.fill(verb)
-    options = {name for verb in verbs for action in verb._actions for name in action.option_strings}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) <= options | {"--logdir"}  # of TensorBoard
-    calls = [node for snippet in SNIPPETS for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
-    settings = [k.arg for call in calls if ast.unparse(call.func) == "TrainConfig" for k in call.keywords]
-    assert settings and set(settings) <= {field.name for field in fields(TrainConfig)}
+    options = {name for verb in verbs for action in verb._actions for name in action.option_strings} | OTHERS
+    texts = {page: text for page, text in PAGES.items() if page != "CHANGELOG.md"}  # which tells of former ones
+    named = {page: set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) - options for page, text in texts.items()}
+    assert {page: unknown for page, unknown in named.items() if unknown} == {}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_figures_on_mnist_are_those_of_the_runs(page):
+    """A figure that is copied by hand may be another row's, or that of an older run."""
+    published = {_label(row): row for row in _rows((ROOT / "docs/results/mnist/table.md").read_text(encoding="utf-8"))}
+    rows = [row for row in _rows(PAGES[page]) if "±" in row[1]]
+    assert len(rows) >= 6
+    for row in rows:
+        cells = [re.sub(r" \(.*\)", "", cell).replace("-", "−") for cell in published[_label(row)][2:]]
+        told = [cell.strip("*") for cell in row[1:]]
+        assert [there for there, cell in zip(cells, told, strict=True) if cell != "diverged"] == [
+            cell for cell in told if cell != "diverged"
+        ]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_figures_of_the_development_suite_are_those_of_the_runs(page):
+    """The suite is run again for every policy that might ship, and its figures here would be forgotten."""
+    rows = _rows((ROOT / "docs/results/benchmark/development/table.md").read_text(encoding="utf-8"))
+    summary = [row for row in rows if len(row) == 10 and row[0].startswith(("**policy default", "cosine"))]
+    figures = [row[3] for row in summary if row[1] != "best of 6"]
+    assert len(figures) == 6
+    assert [figure for figure in figures if figure not in PAGES[page]] == []
+
+
+def _rows(text):
+    """The rows of all tables of a page, a list of cells each."""
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*\|$", text, re.MULTILINE)
+    ]
+
+
+def _label(row):
+    """What a row of the comparison is called in its table."""
+    words = {"a tenth of the default lr": "lr × 0.1", "ten times the default lr": "lr × 10", "the default lr": "lr × 1"}
+    label = row[0].strip("*").replace("best of five lr", "best of 5").replace("from ", "")
+    label = re.sub(r"\bdefault lr$", "the default lr", label) if label.endswith(", default lr") else label
+    return next((label.replace(said, name) for said, name in words.items() if said in label), label)
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,20 @@
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tarfile
 import textwrap
 import zipfile
 from collections import Counter
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install inside rlsched
@@ -138,6 +142,19 @@ def sources() -> set[str]:
     return names
 
 
+def metadata(wheel: Path) -> Message:
+    """What a wheel says of itself; its payload is the README as a package index shows it."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return message_from_bytes(archive.read(name))
+
+
+def citation() -> dict[str, Any]:
+    """What CITATION.cff says."""
+    cited: dict[str, Any] = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    return cited
+
+
 def test_wheel_holds_every_source_and_policy_file(wheel: Path) -> None:
     """A user would get an import error, no type information or no pretrained policy after `pip install`."""
     names = contents(wheel)
@@ -225,6 +242,41 @@ def test_extra_all_brings_all_that_a_user_may_want(wheel: Path) -> None:
             needs[extra.strip("'")].add(requirement)
     users = [requirements for extra, requirements in needs.items() if extra not in ("all", "dev")]
     assert needs["all"] == set().union(*users) and len(users) >= 5
+
+
+def test_readme_on_a_package_index_leads_somewhere(wheel: Path) -> None:
+    """There are no files beside it there: pictures would be missing, and links lead nowhere."""
+    about = metadata(wheel)
+    assert about["Description-Content-Type"] == "text/markdown"
+    text, readme = about.get_payload(), (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(links) == len(re.findall(r"\]\(", readme)) > 20
+    homepage = dict(line.split(", ") for line in about.get_all("Project-URL"))["Homepage"]
+    files = {"": f"{homepage}/blob/main/", "!": homepage.replace("github.com", "raw.githubusercontent.com") + "/main/"}
+    assert all(address.startswith("https://") for _, address in links)
+    ours = [(mark, address) for mark, address in links if "/main/" in address]
+    assert {mark for mark, _ in ours} == {"", "!"} and len(ours) > 20
+    for mark, address in ours:
+        assert address.startswith(files[mark])
+        assert (ROOT / address.removeprefix(files[mark]).partition("#")[0]).exists()
+
+
+def test_links_of_the_project_are_of_one_repository(wheel: Path) -> None:
+    """After a move, one that was forgotten leads to a page that is not there."""
+    links = dict(line.split(", ") for line in metadata(wheel).get_all("Project-URL"))
+    assert {"Homepage", "Documentation", "Repository", "Issues", "Changelog"} <= set(links)
+    assert all(address.startswith(links["Homepage"]) for address in links.values())
+    assert citation()["repository-code"] == links["Repository"]
+
+
+def test_citation_is_of_this_version(wheel: Path) -> None:
+    """A paper would cite another version than it used, or a title that nobody finds."""
+    about, cited = metadata(wheel), citation()
+    assert {"cff-version", "message", "title", "authors", "version", "type"} <= set(cited)
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software"
+    assert [author["name"] for author in cited["authors"]] == [about["Author"]]
+    assert (str(cited["version"]), cited["license"]) == (about["Version"], about["License-Expression"])
+    assert f"title = {{{cited['title']}}}" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_distribution_needs_only_the_core_dependencies(wheel: Path) -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rlsched.experiments.cell import Cell
 from rlsched.experiments.compare.run import POLICY, REPLAY, RUNS, SCHEDULES, TENSORBOARD, key
 from rlsched.experiments.journal import Row, read
-from rlsched.experiments.table import markdown, publish
+from rlsched.experiments.table import markdown, publish, save
 
 COLORS = {"cosine": "tab:blue", "linear": "tab:green", "constant": "tab:gray"}
 LED = {  # the kinds of run that a policy has, with what they are called and the colors of each policy in turn
@@ -27,6 +28,7 @@ FIRST = "first_log_loss"  # of the untrained network: what a diverged run counts
 LOG_LOSS = "1 log validation loss"  # tags are numbered, for TensorBoard sorts them
 CURVES = {"2 accuracy": 2, "3 learning rate": 3, "4 momentum": 4}  # by the column of a run's curve
 FINAL = "5 final log validation loss"
+SWEEP = "sweep.png"
 WORST = 1.0  # what it counts as in a row of older versions, without `FIRST`: worse than chance among ten classes
 
 
@@ -164,13 +166,31 @@ def plot(results: Results) -> Figure:
                 loss = geometric_mean(curves[:, :, 1])
                 loss_axis.plot(curves[0, :, 0], loss, style, color=color, label=f"{name}, lr × {factor:.3g}")
                 lr_axis.plot(curves[0, :, 0], curves[0, :, 3], style, color=color)
-            finals = [results.log_loss(setting, contender, factor) for factor in factors]
-            sweep_axis.plot(factors, finals, "o-", color=color, label=label)
+        _draw_sweep(sweep_axis, results, setting)
         loss_axis.set(yscale="log", ylabel="validation loss", xlabel="inner steps")
         lr_axis.set(yscale="log", ylabel="learning rate (first seed)", xlabel="inner steps")
-        sweep_axis.set(xscale="log", ylabel="final log validation loss", xlabel="base learning rate / default")
+        sweep_axis.set(ylabel="final log validation loss", xlabel="base learning rate / default")
         loss_axis.legend(fontsize="small")
         sweep_axis.legend(fontsize="small")
+    return figure
+
+
+def sweep(results: Results) -> Figure:
+    """The final validation loss by learning rate alone, large enough to be read within a page."""
+    settings = list(results.runs)
+    columns = min(4, len(settings))
+    rows = math.ceil(len(settings) / columns)
+    figure = Figure(figsize=(max(4.0, 2.3 * columns), 0.6 + 2.4 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis, setting in zip(axes, settings, strict=False):
+        _draw_sweep(axis, results, setting)
+        axis.set_title(str(setting), fontsize="medium")
+    for axis in axes[len(settings) :]:
+        axis.remove()
+    labels = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside upper center", ncols=5, frameon=False)
+    figure.supxlabel("base learning rate / default", fontsize="medium")
+    figure.supylabel("final log validation loss", fontsize="medium")
     return figure
 
 
@@ -206,10 +226,19 @@ def tensorboard(results: Results, folder: Path) -> None:
 
 
 def report(out: Path) -> str:
-    """Write `table.md`, `plot.png` and the log for TensorBoard beside the `runs.jsonl` in `out`; return the table."""
+    """Write `table.md`, both plots and the log for TensorBoard beside the `runs.jsonl` in `out`; return the table."""
     results = Results(out)
     tensorboard(results, out / TENSORBOARD)
+    save(sweep(results), out / SWEEP)
     return publish(out, table(results), plot(results))
+
+
+def _draw_sweep(axis: Axes, results: Results, setting: Cell) -> None:
+    for contender, by_lr in results.runs[setting].items():
+        factors = sorted(by_lr)
+        finals = [results.log_loss(setting, contender, factor) for factor in factors]
+        axis.plot(factors, finals, "o-", color=results.color(contender), label=results.label(contender))
+    axis.set(xscale="log")
 
 
 def _cell(results: Results, setting: Cell, contender: Contender, factor: float) -> str:

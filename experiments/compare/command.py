@@ -11,7 +11,7 @@ Compare a policy with constant, linear and cosine schedules on real training run
 tuned over five learning rates; the policy gets three base learning rates and takes them as they come. Whether it
 adapts to a run shows in a replay: the same run under the mean of what the policy did with the other seeds (so there
 is none with --seeds 1). Writes runs.jsonl (results already there are kept, another policy's beside them), table.md,
-plot.png and a TensorBoard log, with a run for each schedule, to the folder --out.
+plot.png, sweep.png and a TensorBoard log, with a run for each schedule, to the folder --out.
 
 Tasks are digits, mnist (which needs --data), the families of rlsched.envs.FAMILIES, and your own: module:NAME is an
 InnerTask, or a sequence of them, in a module of this folder or an installed one.
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     """Do the runs that are missing, and print the table."""
     import torch
 
-    from rlsched.experiments.compare.analysis import report
+    from rlsched.experiments.compare.analysis import SWEEP, report
     from rlsched.experiments.compare.run import RUNS, TENSORBOARD, Plan, compare
     from rlsched.experiments.table import PLOT, TABLE
     from rlsched.policy import SchedulePolicy
@@ -54,5 +54,6 @@ def run(options: argparse.Namespace) -> None:
     compare(plan, policy, options.out, str(options.policy), log_runs=options.log_runs)
     print(report(options.out))
     print()
-    for what, name in (("table", TABLE), ("plot", PLOT), ("results", RUNS), ("TensorBoard", TENSORBOARD)):
+    files = {"table": TABLE, "plot": PLOT, "by base lr": SWEEP, "results": RUNS, "TensorBoard": TENSORBOARD}
+    for what, name in files.items():
         print(f"{what:<11} {options.out / name}")
