@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import ray
 import torch
-from ray import cloudpickle
+from ray import _private, cloudpickle
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -318,14 +318,14 @@ def _connect(address: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Ray is going to change
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of many kinds, some of them plainly that
         said = str(error).strip().splitlines()[0]
         raise ConnectionError(f"address: there is no Ray cluster to use at {address!r}: {said}") from error
     finally:
         if terminate is not None:
             signal.signal(signal.SIGTERM, terminate)  # which Ray sets
     # Or it prints a page on the standard output, among the results, for each machine that is lost.
-    ray._private.worker._worker_logs_enabled = False
+    _private.worker._worker_logs_enabled = False
 
 
 def _found() -> str:

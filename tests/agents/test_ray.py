@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 
@@ -31,7 +32,20 @@ pytestmark = [
 ]
 RUNS = 4
 TASKS = [FAMILIES["mlp-dropout"], FAMILIES["mlp"]]  # a shard each; masks are drawn from the process's own generator
-SIZES = ["--tasks", "small", "--num-envs", 4, "--n-steps", 4, "--batch-size", 8, "--eval-episodes", 2, "--eval-every", 9999]
+SIZES = [
+    "--tasks",
+    "small",
+    "--num-envs",
+    4,
+    "--n-steps",
+    4,
+    "--batch-size",
+    8,
+    "--eval-episodes",
+    2,
+    "--eval-every",
+    9999,
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +53,6 @@ def cluster():
     """Two nodes of two cores, so that each can take the workers of both."""
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_raylet_start_wait_time_s"] = "200"  # where other tests run beside this
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     made.other = made.add_node(num_cpus=2)
     yield made
@@ -80,7 +93,7 @@ def pid(workers, number):
 
 
 def test_experience_is_that_of_processes_and_a_lost_worker_costs_its_episodes_alone(workers, told):
-    """What was learned on a cluster could not be had again without one; a lost worker would end the run, or taint it."""
+    """What is learned on a cluster could not be had without one; a lost worker would end the run, or taint it."""
     with closing(ShardedVectorEnv(RUNS, TASKS, transport=Processes)) as env:
         wanted = played(env, 4)
 
@@ -101,6 +114,7 @@ def test_experience_is_that_of_processes_and_a_lost_worker_costs_its_episodes_al
 
 
 def command(cluster, run_dir, *more):
+    """A training by two workers of the cluster."""
     return [
         *(sys.executable, "-m", "rlsched", "train", "--run-dir", str(run_dir), *map(str, SIZES)),
         *("--engine", "ray", "--address", cluster.address, "--workers", "2", *map(str, more)),
@@ -144,7 +158,9 @@ def test_lost_node_costs_the_episodes_of_its_worker_alone(cluster, workers, told
     """A machine that goes down would end a run of days."""
     import ray
 
-    nodes = [ray.get(workers.actor(i).__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) for i in (0, 1)]
+    nodes = [
+        ray.get(workers.actor(i).__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id())) for i in (0, 1)
+    ]
     lost = nodes.index(cluster.other.node_id)
     with closing(ShardedVectorEnv(RUNS, TASKS, transport=workers.transport)) as env:
         found = played(env, 4, lambda step: step == 2 and cluster.remove_node(cluster.other, allow_graceful=False))
@@ -158,9 +174,11 @@ def test_worker_shares_a_core_where_none_is_free(cluster, told):
     from rlsched.envs.cluster import Workers
 
     other = cluster.add_node(num_cpus=1)
-    with Workers(3, address=cluster.address, patience=1, tell=told.append) as workers:
-        with closing(ShardedVectorEnv(RUNS, TASKS * 2, processes=3, transport=workers.transport)) as env:
-            found = played(env, 3, lambda step: step == 1 and cluster.remove_node(other, allow_graceful=False))
+    with (
+        Workers(3, address=cluster.address, patience=1, tell=told.append) as workers,
+        closing(ShardedVectorEnv(RUNS, TASKS * 2, processes=3, transport=workers.transport)) as env,
+    ):
+        found = played(env, 3, lambda step: step == 1 and cluster.remove_node(other, allow_graceful=False))
     assert sum(step[3].any() for step in found[1:]) == 1
     assert "no core of the cluster is free" in told[0] and "and is started again" in told[1] and len(told) == 2
 
@@ -180,7 +198,6 @@ def test_unreachable_cluster_is_told_at_once(address, said, tmp_path, capsys):
         if address == "listening":
             address = f"127.0.0.1:{server.getsockname()[1]}"
             server.settimeout(30)
-            import threading
 
             def answer():
                 connection, _ = server.accept()

@@ -17,10 +17,11 @@ import pytest
 import torch
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.vector import AutoresetMode
+from helpers import Losing
 from torch import nn
 
 from rlsched.envs import FAMILIES, SchedulingVectorEnv
-from rlsched.envs.sharding import Inline, Lost, Processes, Shard, ShardedVectorEnv, join, split
+from rlsched.envs.sharding import Inline, Processes, Shard, ShardedVectorEnv, join, split
 
 RUNS = 5
 
@@ -358,25 +359,6 @@ def test_refusal_leaves_no_worker_behind():
     assert set(active_children()) == before
 
 
-class Losing(Inline):
-    """Loses the shard `victim` as it is asked for this, so many times; it is there again when it is begun anew."""
-
-    method, victim, times = "step", 1, 0
-
-    def __init__(self, makes):
-        super().__init__(makes)
-        self.makes = makes
-
-    def ask(self, requests):
-        answers = super().ask(requests)
-        asked = requests[self.victim]
-        if self.times and asked and asked[0] == self.method:
-            self.times -= 1
-            self._shards[self.victim] = Shard(self.makes[self.victim])
-            answers[self.victim] = Lost("out of memory")
-        return answers
-
-
 def test_lost_shard_costs_its_episodes_and_nothing_else(make_task):
     """A machine that goes down would end a training of days, or leave a learner with episodes that never were.
 
@@ -385,8 +367,8 @@ def test_lost_shard_costs_its_episodes_and_nothing_else(make_task):
     tasks = [make_task(hidden=hidden, decisions=(3, 4)) for hidden in ((8,), (5,))]
     env, whole = (ShardedVectorEnv(RUNS, tasks, transport=kind) for kind in (Losing, Inline))
     others, its = [0, 2, 4], [1, 3]
-    begun, _ = env.reset(seed=2)
-    whole.reset(seed=2)
+    before = env.reset(seed=2)
+    begun, _ = whole.reset(seed=2)
     for step, actions in enumerate(np.random.default_rng(0).uniform(-1, 1, (6, *env.action_space.shape))):
         env._transport.times = int(step == 1)
         got, wanted = env.step(actions), whole.step(actions)
