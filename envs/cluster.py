@@ -109,14 +109,15 @@ class Workers:
     ) -> None:
         self._patience, self._tell = patience, tell
         self._environments = count()
+        self._places: list[_Place | None] = [None] * number
+        self._losses = [0] * number  # since it last made a step
+        self._reasons: list[str | None] = [None] * number  # why it is gone, of one that is
+        self._cores: PlacementGroup | None = None
         self._begun = not ray.is_initialized()
         if self._begun:
             _connect(address)
         try:
             self._cores = _reserved(number, patience)
-            self._losses = [0] * number  # since it last made a step
-            self._reasons: list[str | None] = [None] * number  # why it is gone, of one that is
-            self._places: list[_Place | None] = [None] * number
             self._start(range(number))
         except BaseException:
             self.close()
@@ -149,10 +150,10 @@ class Workers:
         if self._begun:
             ray.shutdown()
             return
-        for place in filter(None, getattr(self, "_places", ())):
+        for place in filter(None, self._places):
             with suppress(RayError):
                 ray.kill(place.actor)
-        if hasattr(self, "_cores"):
+        if self._cores is not None:
             remove_placement_group(self._cores)
 
     def actor(self, number: int) -> Any:
