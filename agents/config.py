@@ -40,12 +40,14 @@ class Range(NamedTuple):
 COUNT = Range(1)
 POSITIVE = Range(0, open=True)
 SEED = Range(0, 2**32 - 1)  # of NumPy
+ENGINES = ("processes", "ray")
+LOCAL = "local"
 TYPES = {int: Integral, float: Real, str: str | os.PathLike, bool: bool}  # what is taken for each type of a field
 
 
-def option(default: Any, meaning: str, within: Range | None = None) -> Any:
-    """A field with its documentation, which the command line shows, and the range of its numbers."""
-    return field(default=default, metadata={"help": meaning, "range": within})
+def option(default: Any, meaning: str, within: Range | None = None, also: str | None = None) -> Any:
+    """A field with its documentation, for the command line, another name there, and the range of its numbers."""
+    return field(default=default, metadata={"help": meaning, "range": within, "also": also})
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ class TrainConfig:
     trust: float = option(1e4, "factor by which the policy may move the learning rate, either way", Range(1, open=True))
     num_envs: int = option(512, "inner training runs at once", COUNT)
     clones: int = option(1, "runs of a set that differ in their actions alone; advantages are centred on it", COUNT)
-    processes: int = option(min(2, os.cpu_count() or 1), "worker processes that train them, one thread each", COUNT)
+    processes: int = option(
+        min(2, os.cpu_count() or 1), "worker processes that train them, one thread each", COUNT, also="workers"
+    )
+    engine: str = option("processes", "where these are: processes of this machine, or ray, actors of a Ray cluster")
+    address: str = option(LOCAL, "of the Ray cluster: local starts one here; auto, the one that runs here; host:port")
     compile: bool = option(False, "torch.compile the inner steps: twice as fast, needs a C compiler")
     device: str = option("cpu", "where the inner networks are trained: cpu, cuda, ...")
     seed: int = option(0, "of weights, episodes and actions", SEED)
@@ -104,6 +110,7 @@ class TrainConfig:
         if not self.hidden:
             raise ValueError("hidden must hold at least one positive width, got none")
         for name, known in (
+            ("engine", ENGINES),
             ("reward", REWARDS),
             ("base_schedule", BASE_SCHEDULES),
             ("actor", ACTORS),
@@ -123,11 +130,18 @@ class TrainConfig:
         if self.processes > sets:
             each = "num_envs" if self.clones == 1 else "num_envs / clones"
             raise ValueError(f"processes must be at most {each} = {sets}, got {self.processes}")
+        if self.engine == "ray" and self.device != "cpu":
+            raise ValueError(
+                f"device must be 'cpu' with engine='ray', whose workers have a core each, got {self.device!r}"
+            )
+        if self.engine != "ray" and self.address != LOCAL:
+            raise ValueError(f"address is for engine='ray', and engine is {self.engine!r}, got {self.address!r}")
 
     def hyperparameters(self) -> dict[str, Any]:
         """The fields that decide what is learned, in types that JSON and TensorBoard can hold."""
         values = asdict(self)
-        del values["run_dir"], values["processes"], values["compile"], values["device"]
+        for name in ("run_dir", "processes", "engine", "address", "compile", "device"):  # how and where it is learned
+            del values[name]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 

@@ -120,7 +120,10 @@ def evaluate(
         seen.append(observations[running])
         whose.append(np.flatnonzero(running))
         actions, memory = policy.act(torch.from_numpy(observations), memory)
-        observations, _, done, _, infos = env.step(actions.numpy())
+        observations, _, done, cut, infos = env.step(actions.numpy())
+        if (running & cut).any():  # a worker was lost, and its episodes with it: all of them again
+            bar.close()
+            return evaluate(policy, seed=seed, env=env, show=show)
         final = infos.get("final_info", infos)
         for key, values in infos.items():
             if key.startswith(("_", "final")):

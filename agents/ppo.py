@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.arguments import warn_of_left_out
 from rlsched.envs.mixtures import mixture, names
 from rlsched.envs.scheduling import SchedulingVectorEnv
-from rlsched.envs.sharding import ShardedVectorEnv, check_main_guard
+from rlsched.envs.sharding import Make, Processes, ShardedVectorEnv, Transport, check_main_guard
 from rlsched.files import locked, write
 from rlsched.policy import SchedulePolicy
 
@@ -51,11 +52,12 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
     Raises:
         ValueError: `run_dir` holds a run with other hyperparameters, or a file that cannot be read; the tasks cannot
             be trained on.
-        OSError: `run_dir` is in use by another process, or cannot be written to; a worker process died.
+        OSError: `run_dir` is in use by another process, or cannot be written to; a worker process died; no Ray cluster
+            answers.
         RuntimeError: this is the script that the worker processes import, and nothing keeps them from training.
     """
     config = config or TrainConfig()
-    if config.processes > 1:
+    if config.processes > 1 and config.engine == "processes":
         check_main_guard()
     run_dir = Path(config.run_dir)
     _check_hyperparameters(run_dir, config)
@@ -73,7 +75,8 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         tasks = mixture(config.tasks)
         warn_of_left_out(tasks, config.num_envs // config.clones)
         privileged = Privileged(names(tasks)) if config.privileged_critic else None
-        env = VectorEnvAdapter(_vector_env(config, config.num_envs, clones=config.clones, **options), privileged)
+        make = partial(_vector_env, config, stack.enter_context(_transport(config)))
+        env = VectorEnvAdapter(make(config.num_envs, clones=config.clones, **options), privileged)
         stack.callback(env.close)
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
@@ -82,7 +85,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         stack.callback(log.close)
         model.set_logger(log.logger)
         bar = stack.enter_context(_progress_bar(config, model.num_timesteps))
-        evaluation = EvaluationCallback(config, partial(_vector_env, config), log, bar)
+        evaluation = EvaluationCallback(config, make, log, bar)
         stack.callback(evaluation.close)
         checkpoints = CheckpointCallback(checkpoint)
         callbacks: list[BaseCallback] = [
@@ -141,13 +144,30 @@ def _finished(run_dir: Path, config: TrainConfig) -> SchedulePolicy | None:
     return policy if is_evaluated and isinstance(done, int) and done >= config.timesteps else None
 
 
-def _vector_env(config: TrainConfig, num_envs: int, **options: Any) -> AnyVectorEnv:
+@contextmanager
+def _transport(config: TrainConfig) -> Iterator[Callable[[Sequence[Make]], Transport] | None]:
+    """To where the shards of the environments live; None if there are none, but one environment in this process."""
+    if config.engine == "ray":
+        from rlsched.envs.cluster import Workers
+
+        with Workers(config.processes, address=config.address) as workers:
+            yield workers.transport
+    else:
+        yield Processes if config.processes > 1 else None
+
+
+def _vector_env(
+    config: TrainConfig,
+    transport: Callable[[Sequence[Make]], Transport] | None,
+    num_envs: int,
+    **options: Any,
+) -> AnyVectorEnv:
     options["device"] = config.device
     sets = num_envs // options.get("clones", 1)
     tasks = mixture(config.tasks)[:sets]
-    if config.processes == 1:
+    if transport is None:
         return SchedulingVectorEnv(num_envs, tasks, **options)
-    return ShardedVectorEnv(num_envs, tasks, processes=min(config.processes, sets), **options)
+    return ShardedVectorEnv(num_envs, tasks, processes=min(config.processes, sets), transport=transport, **options)
 
 
 def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:

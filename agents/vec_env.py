@@ -21,7 +21,7 @@ class VectorEnvAdapter(VecEnv):
 
     Infos are empty but where an episode ended. There they hold the episode's last info, `terminal_observation`, and
     `episode` with its return `r`, which is not scaled as rewards are, and length `l`, from which Stable-Baselines3 logs
-    `rollout/ep_rew_mean`.
+    `rollout/ep_rew_mean`: not of an episode that was cut short since its worker was lost, whose return says nothing.
 
     Args:
         env: the vector environment, which begins the next episode in the step that ends one.
@@ -68,7 +68,8 @@ class VectorEnvAdapter(VecEnv):
             listed[i] = {key: value[i] for key, value in final.items() if not key.startswith("_")}
             listed[i]["terminal_observation"] = finals[i]
             listed[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
-            listed[i]["episode"] = {"r": float(final["return"][i]), "l": int(self._lengths[i])}
+            if terminated[i]:
+                listed[i]["episode"] = {"r": float(final["return"][i]), "l": int(self._lengths[i])}
         self._lengths[done] = 0
         return self._seen(observations, infos), rewards, done, listed
 

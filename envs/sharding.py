@@ -42,6 +42,7 @@ from rlsched.envs.tasks import InnerTask
 GRACE = 0.25  # seconds that worker processes have to end
 UNGUARDED = 79  # exit code of a worker process that has met `check_main_guard`
 
+Seen = tuple[Array, dict[str, Any]]  # observations and infos
 Make = Callable[[], VectorEnv[Array, Array, Array]]  # makes the environment of a shard, where the shard is to live
 
 
@@ -53,36 +54,53 @@ class Opened(NamedTuple):
     metadata: dict[str, Any]
 
 
+class Lost(ChildProcessError):
+    """A shard is no more, nor are its episodes; its transport begins it anew when it is asked to "open" or "reset"."""
+
+
 class Shard:
-    """The far end of a transport: the environment of one shard, which answers requests."""
+    """The far end of a transport: the environment of one shard, which answers requests.
+
+    Whatever else lives in its process, it draws what torch's global generator would give a process of its own.
+    """
 
     def __init__(self, make: Make) -> None:
         self._make = make
+        self._env: VectorEnv[Array, Array, Array] | None = None
+        self._random = torch.Generator().get_state()  # of a process that has just begun
 
     def answer(self, method: str, argument: Any) -> Any:
-        """To "open" (first, and once), "reset" with seeds and a mask of runs, "step" with actions, or "render".
+        """To "open", "reset" with seeds and a mask of runs, "step" with actions, or "render".
 
         An exception is an answer as well.
         """
+        here = torch.get_rng_state()
+        torch.set_rng_state(self._random)
         try:
+            env = self._env = self._env or self._make()
             if method == "open":
-                self._env = self._make()
-                return Opened(self._env.single_observation_space, self._env.single_action_space, self._env.metadata)
+                return Opened(env.single_observation_space, env.single_action_space, env.metadata)
             if method == "reset":
                 seeds, chosen = argument
-                return self._env.reset(seed=seeds, options={"reset_mask": chosen})
-            return self._env.render() if method == "render" else self._env.step(argument)
+                return env.reset(seed=seeds, options={"reset_mask": chosen})
+            return env.render() if method == "render" else env.step(argument)
         except Exception as error:
             return error
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(here)
+
+
+Request = tuple[str, Any]  # a method and its argument, see `Shard.answer`
 
 
 class Transport(Protocol):
     """Carries requests to the shards, wherever they live, and brings their answers. It is made from one `Make` each."""
 
-    def ask(self, requests: list[tuple[str, Any]]) -> list[Any]:
-        """One answer for each shard's request (a method and its argument, see `Shard.answer`), all of them awaited.
+    def ask(self, requests: Sequence[Request | None]) -> list[Any]:
+        """One answer for each shard's request, all of them awaited; None where there is no request.
 
-        Where the shard failed, or is no more, its answer is the exception.
+        Where the shard failed, or is no more, its answer is the exception: `Lost` if it can be begun anew.
         """
         ...
 
@@ -95,8 +113,8 @@ class Inline:
     def __init__(self, makes: Sequence[Make]) -> None:
         self._shards = [Shard(make) for make in makes]
 
-    def ask(self, requests: list[tuple[str, Any]]) -> list[Any]:
-        return [shard.answer(*request) for shard, request in zip(self._shards, requests, strict=True)]
+    def ask(self, requests: Sequence[Request | None]) -> list[Any]:
+        return [request and shard.answer(*request) for shard, request in zip(self._shards, requests, strict=True)]
 
     def close(self) -> None:
         self._shards.clear()
@@ -133,9 +151,10 @@ class Processes:
                 ) from error
             raise
 
-    def ask(self, requests: list[tuple[str, Any]]) -> list[Any]:
+    def ask(self, requests: Sequence[Request | None]) -> list[Any]:
         self._send(requests)
-        return [_answer(pipe, worker) for pipe, worker in zip(self._pipes, self._workers, strict=True)]
+        ends = zip(requests, self._pipes, self._workers, strict=True)
+        return [request and _answer(pipe, worker) for request, pipe, worker in ends]
 
     def close(self) -> None:
         """End the workers; those that do not go within `GRACE`, be they busy, stopped or hung, are killed."""
@@ -153,8 +172,9 @@ class Processes:
 
     def _send(self, messages: Sequence[Any]) -> None:
         for pipe, message in zip(self._pipes, messages, strict=True):
-            with suppress(ConnectionError):  # the worker is dead, and its answer will say so
-                pipe.send(message)
+            if message is not None:
+                with suppress(ConnectionError):  # the worker is dead, and its answer will say so
+                    pipe.send(message)
 
 
 def check_main_guard() -> None:
@@ -220,20 +240,21 @@ def _work(pipe: Connection) -> None:
             shard = Shard(partial(_refuse, error))
         while True:
             answer = shard.answer(*pipe.recv())
-            pipe.send(_portable(answer) if isinstance(answer, Exception) else answer)
+            pipe.send(portable(answer))
 
 
 def _refuse(error: Exception) -> NoReturn:
     raise error
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or where pickling loses it (as with some of torch's compiler), one that tells the same."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+def portable(answer: Any) -> Any:
+    """The answer; but for an error that pickling loses (as some of torch's compiler), one that tells the same."""
+    if isinstance(answer, Exception):
+        try:
+            pickle.loads(pickle.dumps(answer))
+        except Exception:
+            return RuntimeError(f"{type(answer).__name__}: {answer}")
+    return answer
 
 
 class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
@@ -241,12 +262,17 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
 
     The processes are spawned, so a script that makes one does so under `if __name__ == "__main__":`.
 
+    Where the transport can begin a lost shard anew (`rlsched.envs.cluster`), the episodes that the shard was in end in
+    the step that finds it lost, and new ones begin: *truncated*, without a reward, at the observation that was last
+    seen. A learner that goes on from its value there learns nothing from that step. This holds for the mode "SameStep";
+    in the others, or in a reset of some of its runs, the loss is raised.
+
     Args:
         num_envs, tasks, clones, autoreset_mode, render_mode, options: those of `SchedulingVectorEnv`.
         processes: shards, each with a near-equal part of the tasks; or of the runs, where there are fewer tasks: a
             stack of many networks is trained in less time than two of half as many.
         transport: where the shards live: `Processes`, each in a worker process with one thread; `Inline`, in this
-            process, for debugging; or anything that makes a `Transport`.
+            process, for debugging; on a Ray cluster (`rlsched.envs.cluster`); or anything that makes a `Transport`.
     """
 
     metadata: dict[str, Any] = SchedulingVectorEnv.metadata
@@ -296,6 +322,7 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
             raise
         self.num_envs, self._clones, self.render_mode = num_envs, clones, render_mode
         self._waiting = np.ones(num_envs, bool)  # for a reset
+        self._seen: list[Seen] = []  # of each shard, after a reset
         self.single_observation_space, self.single_action_space, self.metadata = opened
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -306,7 +333,8 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         chosen = reset_mask(options, self.num_envs, self._clones)
         seeds = [s for s in seeds_of(seed, self.num_envs, self._clones) for _ in range(self._clones)]
         parts = [split(values, self._shards) for values in (np.array(seeds, object), chosen)]
-        observations, infos = join(self._ask("reset", list(zip(*parts, strict=True))), self._shards)
+        answers = self._ask("reset", list(zip(*parts, strict=True)))
+        observations, infos = join(answers, self._shards)
         self._waiting &= ~chosen
         return observations, infos
 
@@ -329,15 +357,39 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         return tuple(frames[run] for run in range(self.num_envs))
 
     def _ask(self, method: str, arguments: list[Any]) -> list[Any]:
+        """An answer of each shard; those that are lost on the way are begun anew."""
+        answers = self._exchange([(method, argument) for argument in arguments])
+        while any(isinstance(answer, Lost) for answer in answers):
+            pairs = zip(answers, arguments, strict=True)
+            again = [self._beginning(method, x, answer) if isinstance(answer, Lost) else None for answer, x in pairs]
+            for shard, answer in enumerate(self._exchange(again)):
+                if again[shard] is not None:
+                    is_cut = method == "step" and not isinstance(answer, Lost)
+                    answers[shard] = _cut_short(self._seen[shard], answer) if is_cut else answer
+        if method in ("reset", "step"):
+            self._seen = [(answer[0], answer[-1]) for answer in answers]
+        return answers
+
+    def _beginning(self, method: str, argument: Any, lost: Lost) -> Request:
+        """What to ask of a shard that was lost as it was asked for this."""
+        if method == "open" or (method == "reset" and argument[1].all()):
+            return method, argument
+        if method == "step" and self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP:
+            runs = len(argument)
+            return "reset", (np.full(runs, None), np.ones(runs, bool))  # not the episodes that it had at first
+        raise lost
+
+    def _exchange(self, requests: Sequence[Request | None]) -> list[Any]:
         if self.closed:
+            (method, _), *_ = filter(None, requests)
             raise ClosedEnvironmentError(f"{method}() was called after close(), or after an interrupt: make a new one")
         try:
-            answers = self._transport.ask([(method, argument) for argument in arguments])
+            answers = self._transport.ask(requests)
         except BaseException:  # an interrupt: answers may be under way, which the next question would take for its own
             self.close()
             raise
         for answer in answers:
-            if isinstance(answer, Exception):
+            if isinstance(answer, Exception) and not isinstance(answer, Lost):
                 raise answer
         return answers
 
@@ -380,3 +432,20 @@ def _blank(like: Any, size: int) -> Any:
     if isinstance(like, dict):
         return {key: _blank(value, size) for key, value in like.items()}
     return np.full((size, *like.shape[1:]), None if like.dtype == object else 0, like.dtype)
+
+
+def _cut_short(seen: Seen, begun: Seen) -> Any:
+    """What a step gives for a shard that was lost in it.
+
+    Args:
+        seen: the observations and infos that its episodes were last seen with, with which they end.
+        begun: those of the next episodes.
+    """
+    (last, told), (observations, infos) = seen, begun
+    ended = np.ones(len(last), bool)
+    final_obs = np.full(len(last), None, object)
+    final_obs[:] = list(last)
+    final_info = {key: values for key, values in told.items() if not key.startswith(("_", "final"))}
+    final_info |= {f"_{key}": ended for key in final_info}
+    final = {"final_obs": final_obs, "_final_obs": ended, "final_info": final_info, "_final_info": ended}
+    return observations, np.zeros(len(last), np.float32), ~ended, ended, infos | final

@@ -24,6 +24,7 @@ EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard"), "train"),
     **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm"), "train"),
     **dict.fromkeys(("captum", "bokeh"), "analysis"),
+    "ray": "ray",
 }
 
 

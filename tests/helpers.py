@@ -8,6 +8,7 @@ from torch import nn
 from rlsched import ScheduledOptimizer, SchedulePolicy, attach
 from rlsched.actors import Perceptron
 from rlsched.control import CONTROL_NAMES
+from rlsched.envs.sharding import Inline, Lost, Shard
 from rlsched.moments import Moments
 from rlsched.signals import OBSERVATION_NAMES
 
@@ -104,3 +105,26 @@ def assert_finite_weights(model):
     """Every weight is a finite number."""
     for name, p in model.named_parameters():
         assert p.isfinite().all(), name
+
+
+class Losing(Inline):
+    """A transport that loses a shard as it is asked for something, and has it again when it is begun anew."""
+
+    victim, method = 1, "step"
+    times, after = 0, 0  # how often, and after how many times that it goes well
+
+    def __init__(self, makes):
+        super().__init__(makes)
+        self.makes = makes
+
+    def ask(self, requests):
+        answers = super().ask(requests)
+        asked = requests[self.victim]
+        if self.times and asked and asked[0] == self.method:
+            if self.after:
+                self.after -= 1
+            else:
+                self.times -= 1
+                self._shards[self.victim] = Shard(self.makes[self.victim])
+                answers[self.victim] = Lost("out of memory")
+        return answers

@@ -23,7 +23,7 @@ FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install in
 INSIDE = tuple(f"rlsched.{folder}" for folder in FOLDERS)
 EXTRAS = (
     *("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "matplotlib", "sklearn", "captum", "bokeh"),
-    *("lightning", "transformers", "accelerate"),
+    *("lightning", "transformers", "accelerate", "ray"),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import typing
 from dataclasses import MISSING, fields
@@ -20,6 +21,7 @@ examples:
   rlsched train --preset demo                        # a small policy, in minutes on two cores
   rlsched train --run-dir runs/mine --compile        # a policy like the shipped one, in a quarter of an hour
   rlsched train --run-dir runs/relu --activation relu --hidden 32 32 --timesteps 1000000
+  rlsched train --engine ray --workers 64 --address auto    # on a Ray cluster of which this machine is a part
   tensorboard --logdir runs                          # watch it
 """
 
@@ -34,15 +36,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for field in fields(TrainConfig):
         if field.name == "run_dir":
             continue
-        kind, name = types[field.name], "--" + field.name.replace("_", "-")
+        kind, also = types[field.name], field.metadata.get("also")
+        names = ["--" + each.replace("_", "-") for each in (field.name, also) if each]
         help_text = f"{field.metadata.get('help', '')} [{_shown(field.default)}]".strip()
         if kind is bool:
-            group.add_argument(name, action=argparse.BooleanOptionalAction, default=None, help=help_text)
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, default=None, help=help_text)
         elif kind in (int, float, str):
-            group.add_argument(name, type=kind, metavar=kind.__name__.upper(), help=help_text)
+            group.add_argument(*names, type=kind, metavar=kind.__name__.upper(), help=help_text)
         else:
             (item, _) = typing.get_args(kind)
-            group.add_argument(name, type=item, nargs="+", metavar=item.__name__.upper(), help=help_text)
+            group.add_argument(*names, type=item, nargs="+", metavar=item.__name__.upper(), help=help_text)
 
 
 def _shown(default: Any) -> str:
@@ -66,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     from rlsched.agents import train
 
     config = _config(options)
-    torch.set_num_threads(config.processes)
+    torch.set_num_threads(min(config.processes, os.cpu_count() or 1))
     run_dir = Path(config.run_dir)
     print(f"training in {run_dir}; watch it with: tensorboard --logdir {run_dir}", file=sys.stderr)
     policy = train(config)

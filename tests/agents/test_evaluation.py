@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import always, lively_policy
+from helpers import Losing, always, lively_policy
 
 from rlsched.actors import Perceptron
 from rlsched.agents import evaluate
@@ -139,6 +139,21 @@ def test_environment_of_another_policy_is_refused(tiny, name, value, make):
     message = rf"^env has {name} .*, the policy .*: make it with environment_options\(policy\)"
     with closing(env), pytest.raises(ValueError, match=message):
         evaluate(policy, env=env)
+
+
+def test_evaluation_does_not_feel_that_a_worker_was_lost(tiny):
+    """The score of a policy would be that of other episodes, which began where the lost ones ended."""
+
+    class Lossy(Losing):
+        times, after = 1, 2
+
+    policy = lively_policy()
+    wanted, got = (
+        evaluate(policy, seed=SEED, env=ShardedVectorEnv(4, tiny, transport=kind, **environment_options(policy)))
+        for kind in (Inline, Lossy)
+    )
+    np.testing.assert_array_equal(got.returns, wanted.returns)
+    np.testing.assert_array_equal(got.observations, wanted.observations)
 
 
 def wild(task, decisions=(6, 6)):

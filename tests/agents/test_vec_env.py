@@ -4,9 +4,11 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from helpers import Losing
 
 from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs import SchedulingVectorEnv
+from rlsched.envs.sharding import ShardedVectorEnv
 
 
 def test_episode_ends_are_told_as_stable_baselines_expects(tiny):
@@ -36,6 +38,18 @@ def test_episode_ends_are_told_as_stable_baselines_expects(tiny):
             assert info["validation_loss"] == raw["final_info"]["validation_loss"][run]
             returns[run], lengths[run] = 0, 0
     assert episodes >= 2 * runs
+
+
+def test_episode_that_was_cut_short_is_continued_by_its_value_and_counts_as_none(tiny):
+    """PPO would learn that a worker's death is the end of a run, and its returns would be told as those of episodes."""
+    env = VectorEnvAdapter(ShardedVectorEnv(4, tiny, transport=Losing))
+    seen = env.reset()
+    env.env._transport.times = 1
+    _, rewards, done, infos = env.step(np.zeros((4, *env.action_space.shape), np.float32))
+    assert done.tolist() == [False, True] * 2
+    for run in (1, 3):
+        assert rewards[run] == 0 and infos[run]["TimeLimit.truncated"] is True and "episode" not in infos[run]
+        np.testing.assert_array_equal(infos[run]["terminal_observation"], seen[run])
 
 
 def test_seeds_hold_for_one_reset(tiny):

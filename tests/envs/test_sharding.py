@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gymnasium.error import ClosedEnvironmentError, ResetNeeded
 from gymnasium.vector import AutoresetMode
+from helpers import Losing
 from torch import nn
 
 from rlsched.envs import FAMILIES, SchedulingVectorEnv
-from rlsched.envs.sharding import Inline, Processes, ShardedVectorEnv, join, split
+from rlsched.envs.sharding import Inline, Processes, Shard, ShardedVectorEnv, join, split
 
 RUNS = 5
 
@@ -355,6 +357,76 @@ def test_refusal_leaves_no_worker_behind():
     with pytest.raises(ValueError, match="cannot be sent"):
         Processes([refuse, lambda: None])
     assert set(active_children()) == before
+
+
+def test_lost_shard_costs_its_episodes_and_nothing_else(make_task):
+    """A machine that goes down would end a training of days, or leave a learner with episodes that never were.
+
+    The runs of other shards feel nothing; those of the lost one are cut short where they were last seen.
+    """
+    tasks = [make_task(hidden=hidden, decisions=(3, 4)) for hidden in ((8,), (5,))]
+    env, whole = (ShardedVectorEnv(RUNS, tasks, transport=kind) for kind in (Losing, Inline))
+    others, its = [0, 2, 4], [1, 3]
+    before = env.reset(seed=2)
+    begun, _ = whole.reset(seed=2)
+    for step, actions in enumerate(np.random.default_rng(0).uniform(-1, 1, (6, *env.action_space.shape))):
+        env._transport.times = int(step == 1)
+        got, wanted = env.step(actions), whole.step(actions)
+        for one, other in zip(got[:4], wanted[:4], strict=True):
+            np.testing.assert_array_equal(one[others], other[others])
+        if step == 1:
+            observations, rewards, terminated, truncated, infos = got
+            assert truncated.tolist() == [False, True, False, True, False] and not terminated.any()
+            assert not rewards[its].any() and rewards.dtype == wanted[1].dtype
+            np.testing.assert_array_equal(np.stack(infos["final_obs"][its]), before[0][its])
+            np.testing.assert_array_equal(infos["final_info"]["inner_steps"][its], before[-1]["inner_steps"][its])
+            assert infos["_final_obs"].tolist() == infos["_final_info"].tolist() == truncated.tolist()
+            assert not infos["return"][its].any() and (observations[its] != begun[its]).any(1).all()
+        before = got
+
+
+@pytest.mark.parametrize("method", ["open", "reset"])
+def test_shard_that_is_lost_as_it_begins_begins_again(tasks, method):
+    """A loss there costs nothing at all: not even another episode."""
+
+    class Weak(Losing):
+        times = 2
+
+    Weak.method = method
+    assert_same(
+        returns(ShardedVectorEnv(RUNS, tasks, transport=Weak))[1], returns(SchedulingVectorEnv(RUNS, tasks))[1], 1e-4
+    )
+
+
+def test_loss_that_cannot_be_told_as_an_end_is_raised(tasks):
+    """Runs that were not to be reset would have begun anew without a word."""
+    env = ShardedVectorEnv(RUNS, tasks, transport=Losing, autoreset_mode="Disabled")
+    env.reset(seed=0)
+    env._transport.times = 1
+    with pytest.raises(ChildProcessError, match="out of memory"):
+        env.step(np.zeros(env.action_space.shape))
+    env._transport.times, env._transport.method = 1, "reset"
+    with pytest.raises(ChildProcessError, match="out of memory"):
+        env.reset(options={"reset_mask": np.arange(RUNS) == 1})
+
+
+def test_shard_draws_for_itself():
+    """Dropout would be other where two shards share a process, and an evaluation change what is trained."""
+
+    class Drawing:
+        single_observation_space = single_action_space = None
+        metadata = {}
+
+        def step(self, _):
+            return torch.rand(2).tolist()
+
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    one, two = Shard(Drawing), Shard(Drawing)
+    first = [one.answer("step", None), two.answer("step", None)]
+    assert first[0] == first[1] != one.answer("step", None)
+    assert torch.equal(torch.rand(2), expected)
 
 
 @pytest.mark.parametrize("processes", [0, 3])

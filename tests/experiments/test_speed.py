@@ -8,7 +8,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlsched.envs import SchedulingVectorEnv
-from rlsched.experiments.speed import measure
+from rlsched.experiments.speed import measure, scale
 from rlsched.experiments.speed.__main__ import main
 from rlsched.experiments.speed.analysis import Results, Verdict, report, verdicts
 from rlsched.experiments.speed.measure import KINDS, WARM_UP
@@ -150,3 +150,12 @@ def test_plan_names_the_wrong_field(field, value):
     """A wrong value would end the benchmark in a process of its own, after minutes, with its traceback."""
     with pytest.raises(ValueError, match=field):
         Plan(**{field: value})
+
+
+def test_cores_that_one_learner_feeds_follow_from_three_costs():
+    """Whoever rents cores by this table would pay for those that wait."""
+    engines = [{"engine": "ray", "workers": 1, "step": 1.0, "travel": 0.01}]
+    found = {"num_envs": 100, "core": 0.4, "learner": 0.01 * scale.STEPS, "engines": engines}
+    said = scale.paper(found)  # a decision: 4 ms of the environment, 0.1 ms on the way, 0.1 ms of the learner
+    assert "| 1 | 238 | 95% |" in said and "| 16 | 2,222 | 56% |" in said
+    assert said.endswith("Half of the time at 20 cores; never more than 5,000 decisions/s.")
