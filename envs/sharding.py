@@ -119,7 +119,7 @@ class Processes:
                 pipe, far = context.Pipe()
                 self._pipes.append(pipe)
                 worker = context.Process(target=_work, args=(far,), daemon=True, name=f"rlsched-shard-{number}")
-                with _deaf_to_interrupts():
+                with deaf_to_interrupts():
                     worker.start()
                 self._workers.append(worker)
                 far.close()
@@ -178,7 +178,7 @@ def check_main_guard() -> None:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def deaf_to_interrupts() -> Iterator[None]:
     """A process that is started inside does not hear SIGINT: Ctrl-C reaches all of a terminal's processes.
 
     It is for this process, which closes the pipe, and a traceback from each worker, which may still be importing torch,
@@ -220,14 +220,14 @@ def _work(pipe: Connection) -> None:
             shard = Shard(partial(_refuse, error))
         while True:
             answer = shard.answer(*pipe.recv())
-            pipe.send(_portable(answer) if isinstance(answer, Exception) else answer)
+            pipe.send(portable(answer) if isinstance(answer, Exception) else answer)
 
 
 def _refuse(error: Exception) -> NoReturn:
     raise error
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception) -> Exception:
     """The error, or where pickling loses it (as with some of torch's compiler), one that tells the same."""
     try:
         pickle.loads(pickle.dumps(error))
