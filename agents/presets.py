@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,17 +31,26 @@ def preset(name: str) -> dict[str, Any]:
     """
     if not name.endswith(SUFFIX):
         if name not in PRESETS:
-            raise ValueError(
-                f"--preset must be one of {sorted(PRESETS)}, or a file that ends in {SUFFIX}, got {name!r}"
-            )
+            raise ValueError(f"--preset must be one of {sorted(PRESETS)}, or a {SUFFIX} file, got {name!r}")
         return dict(PRESETS[name])
     settings = read_settings(Path(name))
     for key, value in settings.items():
         if isinstance(value, dict):
-            raise ValueError(
-                f"{name}: {key} must be a value, got {value!r}: what is to be searched is of `rlsched tune`"
-            )
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+            raise ValueError(f"{name}: {key} must be a value, got {value!r}; `rlsched tune` is what searches for one")
+    return fixed(settings, name)
+
+
+def fixed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings of a file as `TrainConfig` takes them: lists as tuples.
+
+    Raises:
+        ValueError: one that must be a list is none.
+    """
+    kinds = get_type_hints(TrainConfig)
+    for name, value in settings.items():
+        if get_origin(kinds[name]) is tuple and not isinstance(value, list):
+            raise ValueError(f"{source}: {name} must be a list, got {value!r}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def read_settings(path: Path) -> dict[str, Any]:

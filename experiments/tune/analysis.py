@@ -76,7 +76,7 @@ class Report:
         found = {name: common.pop(name) for name in self.study.plan.space.searched}
         about = [
             f"Trial {trial.number} of a study by rlsched {rlsched.__version__}: {self.objective} {trial.value:.4f}",
-            f"and {self.fresh[trial.number]:.4f} in other episodes. To train with it: rlsched train --preset {path.name}",
+            f"and {self.fresh[trial.number]:.4f} in other episodes. To train so: rlsched train --preset {path.name}",
         ]
         write_preset(path, about, {"found": found, "the same in all trials": common})
 
@@ -162,16 +162,15 @@ def history(study: Study) -> Figure:
     """The trials one after the other, and the course of each."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    what = (
-        f"{study.plan.objective} ({'lower' if OBJECTIVES[study.plan.objective] == 'minimize' else 'higher'} is better)"
-    )
+    is_minimized = OBJECTIVES[study.plan.objective] == "minimize"
+    what = f"{study.plan.objective} ({'lower' if is_minimized else 'higher'} is better)"
     for state, (colour, marker, label) in MARKS.items():
         some = [trial for trial in study.trials if trial.state == state and _value(trial) is not None]
         if some:
             left.plot([t.number for t in some], [_value(t) for t in some], marker, color=colour, label=label)
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     if complete:
-        best = np.minimum if OBJECTIVES[study.plan.objective] == "minimize" else np.maximum
+        best = np.minimum if is_minimized else np.maximum
         numbers = [*(trial.number for trial in complete), len(study.trials) - 1]
         so_far = best.accumulate([float(trial.value or 0.0) for trial in complete])
         left.step(numbers, [*so_far, so_far[-1]], where="post", color="C1", label="the best so far")

@@ -142,7 +142,7 @@ def _play_again(study: Study, best: Sequence[FrozenTrial]) -> None:
             continue
         config = study.config(trial.number)
         episodes = {"episodes": MORE * config.eval_episodes, "seed": config.eval_seed + config.eval_episodes}
-        print(f"trial {trial.number}: played in {episodes['episodes']} other episodes", file=sys.stderr)
+        print(f"trial {trial.number} plays {episodes['episodes']} other episodes", file=sys.stderr)
 
         def make(num_envs: int, config: TrainConfig = config, **options: Any) -> SchedulingVectorEnv:
             tasks = mixture(config.tasks)[: num_envs // options.get("clones", 1)]

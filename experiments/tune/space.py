@@ -24,7 +24,7 @@ from optuna.distributions import (
 )
 
 from rlsched.agents.config import TrainConfig
-from rlsched.agents.presets import read_settings
+from rlsched.agents.presets import fixed, read_settings
 
 DEFAULT = Path(__file__).with_name("default.toml")
 KINDS = get_type_hints(TrainConfig)
@@ -84,6 +84,7 @@ class Space:
             if isinstance(distribution, CategoricalDistribution):
                 if value not in distribution.choices:
                     return None
+                found[name] = distribution.choices[distribution.choices.index(value)]
             elif not distribution._contains(float(value)):
                 return None
         return found
@@ -130,8 +131,8 @@ def read_space(path: Path) -> Space:
     """
     entries = read_settings(path)
     searched = {name: entry for name, entry in entries.items() if isinstance(entry, dict)}
-    fixed = {name: value for name, value in entries.items() if name not in searched}
-    return Space({k: tuple(v) if isinstance(v, list) else v for k, v in fixed.items()}, searched, str(path))
+    rest = {name: value for name, value in entries.items() if name not in searched}
+    return Space(fixed(rest, str(path)), searched, str(path))
 
 
 def _distribution(what: str, kind: Any, entry: Mapping[str, Any]) -> BaseDistribution:

@@ -1,4 +1,4 @@
-"""Processes that train, a trial at a time each. What they find they tell the command, which alone writes the journal."""
+"""Processes that train, a trial at a time each. What they find they tell the command, which alone writes it down."""
 
 from __future__ import annotations
 
