@@ -22,7 +22,7 @@ import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import BaseJournalFileLock, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rlsched.agents.config import COUNT, SEED, TrainConfig, differences
@@ -136,7 +136,7 @@ class Plan:
         return NopPruner()
 
 
-class _Held(BaseJournalFileLock):
+class _Held(JournalFileOpenLock):
     """The lock on the study's folder, which the command has already, serves the journal in it too."""
 
     def acquire(self) -> bool:
@@ -164,7 +164,7 @@ class Study:
         write(out / STUDY, f"{json.dumps(plan.identity(), indent=2)}\n".encode())
         end_last_line(out / JOURNAL)
         with _quiet():
-            storage = JournalStorage(JournalFileBackend(str(out / JOURNAL), lock_obj=_Held()))
+            storage = JournalStorage(JournalFileBackend(str(out / JOURNAL), lock_obj=_Held(str(out / JOURNAL))))
             self.optuna = optuna.create_study(
                 storage=storage,
                 study_name=NAME,
