@@ -55,7 +55,7 @@ def train(
         config: how to train.
         on_evaluation: is called after each evaluation, with the timesteps before it and its scores
             (`rlsched.agents.evaluation.scores`). What it raises ends the training as an interrupt does.
-        show: a progress bar.
+        show: a progress bar, and pictures of episodes in the log.
 
     Raises:
         ValueError: `run_dir` holds a run with other hyperparameters, or a file that cannot be read; the tasks cannot
@@ -85,7 +85,7 @@ def train(
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
         write(run_dir / CONFIG, f"{json.dumps(config.hyperparameters(), indent=2)}\n".encode())
-        log = TrainingLog(run_dir, config)
+        log = TrainingLog(run_dir, config, pictures=show)
         stack.callback(log.close)
         model.set_logger(log.logger)
         bar = stack.enter_context(_progress_bar(config, model.num_timesteps, show))

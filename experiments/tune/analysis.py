@@ -47,7 +47,7 @@ class Report:
         fresh = [(each, study.noted(each.number, FRESH)) for each in few]
         self.fresh = {trial.number: found[self.objective] for trial, found in fresh if found is not None}
         worse = 1 if OBJECTIVES[self.objective] == "minimize" else -1
-        self.few = sorted(few, key=lambda trial: worse * self.fresh.get(trial.number, math.inf))
+        self.few = sorted(few, key=lambda trial: worse * self.fresh.get(trial.number, worse * math.inf))
 
     @property
     def best(self) -> FrozenTrial | None:
@@ -76,7 +76,8 @@ class Report:
         found = {name: common.pop(name) for name in self.study.plan.space.searched}
         about = [
             f"Trial {trial.number} of a study by rlsched {rlsched.__version__}: {self.objective} {trial.value:.4f}",
-            f"and {self.fresh[trial.number]:.4f} in other episodes. To train so: rlsched train --preset {path.name}",
+            *(f"and {value:.4f} in other episodes" for value in [self.fresh.get(trial.number)] if value is not None),
+            f"To train so: rlsched train --preset {path.name}",
         ]
         write_preset(path, about, {"found": found, "the same in all trials": common})
 

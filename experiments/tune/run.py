@@ -59,8 +59,7 @@ def tune(plan: Plan, out: Path, jobs: int = 2, *, few: int = 3, suite: str | Non
         with Workers(jobs) as workers, _progress(study) as progress:
             while True:
                 while len(workers.busy) < jobs and (begun := study.begin()) is not None:
-                    workers.begin(*begun)
-                    progress.show()
+                    _begin(study, workers, progress, begun)
                 if not workers.busy:
                     break
                 for number, message in workers.wait():
@@ -72,6 +71,16 @@ def tune(plan: Plan, out: Path, jobs: int = 2, *, few: int = 3, suite: str | Non
         if suite is not None and best:
             _benchmark(study, best, jobs)
     return report
+
+
+def _begin(study: Study, workers: Workers, progress: _Progress, number: int) -> None:
+    try:
+        config = study.config(number)
+    except ValueError as error:
+        study.failed(number, f"{type(error).__name__}: {error}")
+        progress.ended(number)
+    else:
+        workers.begin(number, config)
 
 
 def _settle(study: Study, workers: Workers, progress: _Progress, number: int, message: Message) -> None:

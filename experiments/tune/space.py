@@ -117,7 +117,7 @@ class Space:
             yield from range(distribution.low, distribution.high + 1, distribution.step)
         elif isinstance(distribution, FloatDistribution) and distribution.step is not None:
             steps = round((distribution.high - distribution.low) / distribution.step)
-            yield from (distribution.low + i * distribution.step for i in range(steps + 1))
+            yield from (min(distribution.low + i * distribution.step, distribution.high) for i in range(steps + 1))
         else:
             raise ValueError(f"{self.source}: a grid needs {name} in choices or in steps, got {self.searched[name]}")
 

@@ -184,27 +184,25 @@ class Study:
     def folder(self, number: int) -> Path:
         return self.out / TRIALS / f"{number:04}"
 
-    def begin(self) -> tuple[int, TrainConfig] | None:
-        """The next trial to train: one that lost its command, or a new one; None, if there are no more.
-
-        One whose values do not go together has failed at once.
-        """
-        while self._left or len(self.trials) < self.plan.number:
-            with _quiet():
-                number = self._left[0].number if self._left else len(self.trials)
-                self.optuna.sampler = self.plan.make_sampler(number)
-                trial = Trial(self.optuna, self._left.pop(0)._trial_id) if self._left else self.optuna.ask()
-                for name, distribution in self.plan.space.distributions().items():
-                    trial._suggest(name, distribution)  # what it has already stays
-            self._open[number] = trial
-            try:
-                return number, self.config(number)
-            except ValueError as error:
-                self.failed(number, f"{type(error).__name__}: {error}")
-        return None
+    def begin(self) -> int | None:
+        """The number of the next trial: one that lost its command, or a new one; None, if there are no more."""
+        if not self._left and len(self.trials) >= self.plan.number:
+            return None
+        number = self._left[0].number if self._left else len(self.trials)
+        with _quiet():
+            self.optuna.sampler = self.plan.make_sampler(number)
+            trial = Trial(self.optuna, self._left.pop(0)._trial_id) if self._left else self.optuna.ask()
+            for name, distribution in self.plan.space.distributions().items():
+                trial._suggest(name, distribution)  # what it has already stays
+        self._open[number] = trial
+        return number
 
     def config(self, number: int) -> TrainConfig:
-        """Of the training of a trial."""
+        """Of the training of a trial.
+
+        Raises:
+            ValueError: its values do not go together.
+        """
         return self.plan.trial_config(self.trials[number].params, self.folder(number))
 
     def evaluated(self, number: int, timesteps: int, scores: dict[str, float]) -> bool:

@@ -59,8 +59,8 @@ def regret(config):
 
 def drive(study, most=10**6):
     """Do up to so many trials without a training."""
-    while most > 0 and (begun := study.begin()) is not None:
-        number, config = begun
+    while most > 0 and (number := study.begin()) is not None:
+        config = study.config(number)
         study.done(number, {"regret": regret(config), "return": -regret(config)})
         most -= 1
 
@@ -176,7 +176,7 @@ def test_killed_command_leaves_nobody_behind_and_its_trials_are_taken_up(pretend
     wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     command.kill()
     command.join()
-    wait_until(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids.read_text().split()))
+    wait_until(lambda: not any(map(is_running, pids.read_text().split())))
     with locked(out):
         before = [dict(trial.params) for trial in Study(plan, out).trials]
     pretended()
@@ -184,6 +184,14 @@ def test_killed_command_leaves_nobody_behind_and_its_trials_are_taken_up(pretend
     assert "2 trials were interrupted, and go on from their checkpoints" in capsys.readouterr().err
     assert states(study) == ["COMPLETE"] * 3
     assert [trial.params for trial in study.trials[:2]] == before and all(before)
+
+
+def is_running(pid):
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def wait_until(what):
@@ -202,9 +210,9 @@ def test_training_that_fails_costs_its_trial_alone(pretended, tmp_path, capsys):
             raise RuntimeError("no such\nluck")
 
     pretended(fail)
-    # 6 × 8 timesteps of a rollout are fewer than a mini-batch of 64.
+    # The 4 × 8 timesteps of a rollout are fewer than a mini-batch of 64.
     searched = {"hidden": {"choices": [[4], [5]]}, "num_envs": {"choices": [4, 8]}, "batch_size": {"choices": [16, 64]}}
-    report = tune(make_plan(searched, sampler="grid"), tmp_path / "study", 2)
+    report = tune(make_plan(searched, {"num_envs": 8}, sampler="grid"), tmp_path / "study", 2)
     names = list(searched)
     fates = {tuple(trial.params[name] for name in names): trial.state.name for trial in report.study.trials}
     expected = {
@@ -287,9 +295,9 @@ def test_settings_get_better_by_trial(tmp_path):
     """A sampler that is told nothing of what was found is no better than chance."""
     study = Study(make_plan({"learning_rate": LEARNING_RATE}, trials=40), tmp_path)
     drive(study)
-    values = [trial.value for trial in study.trials]
-    assert sum(values[20:]) < 0.6 * sum(values[1:21])
-    assert study.complete()[0].value == min(values)
+    values = [trial.value - 0.4 for trial in study.trials]  # how far the logarithm is from the best one
+    assert sum(values[20:]) < 0.6 * sum(values[:20])
+    assert study.complete()[0].value - 0.4 == min(values)
 
 
 @pytest.mark.parametrize("pruner, stopped", [("asha", True), ("none", False)])
@@ -298,17 +306,17 @@ def test_trial_that_falls_behind_is_stopped_and_no_other(pruner, stopped, tmp_pa
     study = Study(make_plan(trials=6, pruner=pruner), tmp_path)
     first = 32  # the first evaluation of a training of three updates
     for _ in range(3):
-        number, _ = study.begin()
+        number = study.begin()
         assert study.evaluated(number, 0, {"regret": 9.0})
         assert study.evaluated(number, first, {"regret": 1.0 - number / 10}), "the best so far"
         study.done(number, {"regret": 0.5})
-    number, config = study.begin()
-    assert config.eval_every == 1
+    number = study.begin()
+    assert study.config(number).eval_every == 1
     assert study.evaluated(number, first, {"regret": 2.0}) != stopped
     if stopped:
         study.pruned(number)
         assert study.trials[number].state == TrialState.PRUNED and study.trials[number].value == 2.0
-        number, _ = study.begin()
+        number = study.begin()
     assert study.evaluated(number, 96, {"regret": 99.0}), "what is done need not be stopped"
 
 
@@ -357,8 +365,8 @@ def test_best_is_chosen_by_episodes_that_it_was_not_found_by(tmp_path):
 def test_study_without_a_result_says_why(tmp_path):
     """An empty table does not tell what is to be mended."""
     study = Study(make_plan(trials=2), tmp_path)
-    while (begun := study.begin()) is not None:
-        study.failed(begun[0], "ValueError: no such luck")
+    while (number := study.begin()) is not None:
+        study.failed(number, "ValueError: no such luck")
     report = Report(study, [])
     report.publish()
     assert "no trial was trained to its end\nValueError: no such luck" in report.story()
