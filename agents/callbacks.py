@@ -6,7 +6,6 @@ import io
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from rlsched.agents.config import TrainConfig
-from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, scores, tuned
+from rlsched.agents.evaluation import Evaluation, environment_options, evaluate, references, scores
 from rlsched.agents.exporting import AVERAGE, DOMAIN, actor_weights, export
 from rlsched.agents.tensorboard import (
     ACTIONS,
@@ -37,6 +36,7 @@ from rlsched.policy import SchedulePolicy
 HISTOGRAMS = 25  # of each action and observation in a training, at most: the log would be made of them
 
 AnyVectorEnv = SchedulingVectorEnv | ShardedVectorEnv
+Listener = Callable[[int, dict[str, float]], object]
 
 
 class _Callback(BaseCallback):
@@ -119,11 +119,19 @@ class EvaluationCallback(_Callback):
         make: makes a vector environment of its tasks, from the number of runs and options of `SchedulingVectorEnv`.
         log: where the scores go.
         bar: the progress bar, which says what is being done.
+        listener: is told of each evaluation: the timesteps before it, and its `scores`.
     """
 
-    def __init__(self, config: TrainConfig, make: Callable[..., AnyVectorEnv], log: TrainingLog, bar: Any) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        make: Callable[..., AnyVectorEnv],
+        log: TrainingLog,
+        bar: Any,
+        listener: Listener | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.make, self.log, self.bar = config, make, log, bar
+        self.config, self.make, self.log, self.bar, self.listener = config, make, log, bar, listener
         self.updates = 0
         self.seconds = 0.0  # that evaluations took
         self.env: AnyVectorEnv | None = None
@@ -149,11 +157,8 @@ class EvaluationCallback(_Callback):
         config = self.config
         self.bar.set_description("evaluating")
         if self.env is None:
-            zero = SchedulePolicy.zero(config.base_schedule)
             episodes: dict[str, int] = {"episodes": config.eval_episodes, "seed": config.eval_seed}
-            with closing(self.make(config.eval_episodes, **environment_options(zero))) as env:
-                self.zero = evaluate(zero, seed=config.eval_seed, env=env)
-            self.tuned = tuned(zero, self.make, **episodes)
+            self.zero, self.tuned = references(config.base_schedule, self.make, **episodes)
             options = {**environment_options(policy), "trust": config.trust}
             self.env = self.make(config.eval_episodes, **options)
         self.latest = evaluate(policy, seed=config.eval_seed, env=self.env)
@@ -161,9 +166,11 @@ class EvaluationCallback(_Callback):
         return self.latest
 
     def record(self) -> None:
-        """Log the latest evaluation."""
+        """Log the latest evaluation, and tell of it."""
         assert self.latest is not None and self.zero is not None and self.tuned is not None
         self.log.evaluation(self.latest, self.zero, self.tuned, self.model.num_timesteps)
+        if self.listener is not None:
+            self.listener(self.model.num_timesteps, self.scores())
 
     def close(self) -> None:
         if self.env is not None:

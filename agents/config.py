@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple, get_type_hints
@@ -153,6 +154,15 @@ def _checked(name: str, value: Any, kind: type) -> Any:
         words = {str: "text", bool: "True or False", int: f"a whole number, {within}", float: within}
         raise ValueError(f"{name} must be {words[kind]}, got {value!r}")
     return os.fspath(value) if kind is str else kind(value)
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """In which settings what is on disk differs from what is asked for, in words; empty where it does not."""
+    return ", ".join(
+        f"{key} (there {there.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted(there.keys() | now.keys())
+        if there.get(key) != now.get(key)
+    )
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rlsched.envs import InnerTask, SchedulingVectorEnv
 from rlsched.envs.mixtures import mixture
-from rlsched.policy import Policy
+from rlsched.policy import Policy, SchedulePolicy
 
 
 class Evaluation(NamedTuple):
@@ -59,6 +59,21 @@ def environment_options(policy: Policy) -> dict[str, Any]:
 
 # Quantiles of the range of base learning rates, four to five decades: the upper three, by about half of one.
 SWEEP = (0.35, 0.46, 0.57, 0.68, 0.78, 0.89, 1.0)
+
+
+def references(
+    base_schedule: str, make: Callable[..., Any], *, episodes: int, seed: int
+) -> tuple[Evaluation, NDArray[np.float64]]:
+    """What a policy is held against: the base schedule as it is, and its returns as it is `tuned`, (episodes,).
+
+    Args:
+        base_schedule: its name.
+        make, episodes, seed: as of `tuned`.
+    """
+    zero = SchedulePolicy.zero(base_schedule)
+    with closing(make(episodes, **environment_options(zero))) as env:
+        evaluation = evaluate(zero, seed=seed, env=env)
+    return evaluation, tuned(zero, make, episodes=episodes, seed=seed)
 
 
 def tuned(zero: Policy, make: Callable[..., Any], *, episodes: int, seed: int) -> NDArray[np.float64]:

@@ -23,10 +23,11 @@ from rlsched.agents.callbacks import (
     CheckpointCallback,
     ClonesCallback,
     EvaluationCallback,
+    Listener,
     LogCallback,
     ProgressCallback,
 )
-from rlsched.agents.config import TrainConfig
+from rlsched.agents.config import TrainConfig, differences
 from rlsched.agents.critic import Privileged, PrivilegedCriticPolicy
 from rlsched.agents.exporting import CHECKPOINT, INTERFACE, interface_of, learner
 from rlsched.agents.tensorboard import TrainingLog
@@ -41,13 +42,21 @@ from rlsched.policy import SchedulePolicy
 CONFIG, POLICY = "config.json", "policy.safetensors"
 
 
-def train(config: TrainConfig | None = None) -> SchedulePolicy:
+def train(
+    config: TrainConfig | None = None, *, on_evaluation: Listener | None = None, show: bool = True
+) -> SchedulePolicy:
     """Train a scheduling policy, or go on where an interrupted training in `config.run_dir` stopped.
 
     The folder gets `config.json`, `checkpoint.zip` (after every update; a Stable-Baselines3 model), TensorBoard event
     files in `training`, and at the end `policy.safetensors`; each is whole whenever the training is killed. It is this
     training's alone as long as that goes on, and nothing is written to it before all that can be checked has been. A
     finished run is loaded, and nothing is trained, unless `config.timesteps` is now more than it had: then it goes on.
+
+    Args:
+        config: how to train.
+        on_evaluation: is called after each evaluation, with the timesteps before it and its scores
+            (`rlsched.agents.evaluation.scores`). What it raises ends the training as an interrupt does.
+        show: a progress bar, and pictures of episodes in the log.
 
     Raises:
         ValueError: `run_dir` holds a run with other hyperparameters, or a file that cannot be read; the tasks cannot
@@ -64,9 +73,7 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
     policy = _finished(run_dir, config)
     if policy is not None:
         return policy
-    for i, task in enumerate(mixture(config.tasks)):
-        task.check(f"{config.tasks}[{i}]")
-
+    check_tasks(config)
     with ExitStack() as stack:
         stack.enter_context(locked(run_dir))
         _check_hyperparameters(run_dir, config)  # which another process may have written by now
@@ -81,11 +88,11 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         checkpoint = run_dir / CHECKPOINT
         model = _resume(checkpoint, env, config) if checkpoint.exists() else _new_model(env, config)
         write(run_dir / CONFIG, f"{json.dumps(config.hyperparameters(), indent=2)}\n".encode())
-        log = TrainingLog(run_dir, config)
+        log = TrainingLog(run_dir, config, pictures=show)
         stack.callback(log.close)
         model.set_logger(log.logger)
-        bar = stack.enter_context(_progress_bar(config, model.num_timesteps))
-        evaluation = EvaluationCallback(config, make, log, bar)
+        bar = stack.enter_context(_progress_bar(config, model.num_timesteps, show))
+        evaluation = EvaluationCallback(config, make, log, bar, on_evaluation)
         stack.callback(evaluation.close)
         checkpoints = CheckpointCallback(checkpoint)
         callbacks: list[BaseCallback] = [
@@ -102,6 +109,15 @@ def train(config: TrainConfig | None = None) -> SchedulePolicy:
         checkpoints.save()  # with the domain of the policy
         policy.save(run_dir / POLICY)
     return policy
+
+
+def check_tasks(config: TrainConfig) -> None:
+    """
+    Raises:
+        ValueError: an inner task cannot be trained, on its own data.
+    """
+    for i, task in enumerate(mixture(config.tasks)):
+        task.check(f"{config.tasks}[{i}]")
 
 
 def _check_hyperparameters(run_dir: Path, config: TrainConfig) -> None:
@@ -121,14 +137,9 @@ def _check_hyperparameters(run_dir: Path, config: TrainConfig) -> None:
     hyperparameters = config.hyperparameters()
     if there["timesteps"] < config.timesteps:
         there["timesteps"] = config.timesteps
-    differing = [
-        f"{key} (there {there.get(key)!r}, now {hyperparameters.get(key)!r})"
-        for key in sorted(there.keys() | hyperparameters.keys())
-        if there.get(key) != hyperparameters.get(key)
-    ]
-    if differing:
+    if differing := differences(there, hyperparameters):
         raise ValueError(
-            f"run_dir: {str(run_dir)!r} holds a run with other hyperparameters: {', '.join(differing)}. "
+            f"run_dir: {str(run_dir)!r} holds a run with other hyperparameters: {differing}. "
             "Choose another run_dir, or delete that one"
         )
 
@@ -212,7 +223,7 @@ def _learning_rate(config: TrainConfig) -> Any:
     return lambda remaining: end + (start - end) * remaining
 
 
-def _progress_bar(config: TrainConfig, done: int) -> Any:
+def _progress_bar(config: TrainConfig, done: int, show: bool) -> Any:
     rollout = config.num_envs * config.n_steps
     return tqdm(
         total=rollout * math.ceil(config.timesteps / rollout),
@@ -222,4 +233,5 @@ def _progress_bar(config: TrainConfig, done: int) -> Any:
         desc="training",
         file=sys.stderr,
         mininterval=1.0,
+        disable=not show,
     )

@@ -106,10 +106,11 @@ class TrainingLog:
     Args:
         run_dir: folder of the training.
         config: its configuration.
+        pictures: whether it has pictures of episodes, which take seconds.
     """
 
-    def __init__(self, run_dir: Path, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, run_dir: Path, config: TrainConfig, pictures: bool = True) -> None:
+        self.config, self.pictures = config, pictures
         folder = run_dir / LOG
         output = TensorBoardOutputFormat(str(folder))
         self.logger = Logger(str(folder), [output])  # of Stable-Baselines3's own figures
@@ -141,7 +142,7 @@ class TrainingLog:
         found = scores(policy, zero, tuned)
         self.scalars({tag: found[name] for name, tag in SCORES.items()}, step)
         self.scalars(means(REGRET_OF, tuned - policy.returns, families), step)
-        for rank, i in enumerate(samples(families, optimizers), 1):
+        for rank, i in enumerate(samples(families, optimizers) if self.pictures else (), 1):
             called = f"{families[i]}, {optimizers[i]}"
             picture = episode_picture(policy, zero, i, called)
             self.writers[LOG].add_figure(f"{EPISODES}/{rank} {called}", picture, step)

@@ -137,7 +137,7 @@ class Processes:
                 pipe, far = context.Pipe()
                 self._pipes.append(pipe)
                 worker = context.Process(target=_work, args=(far,), daemon=True, name=f"rlsched-shard-{number}")
-                with _deaf_to_interrupts():
+                with deaf_to_interrupts():
                     worker.start()
                 self._workers.append(worker)
                 far.close()
@@ -198,7 +198,7 @@ def check_main_guard() -> None:
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def deaf_to_interrupts() -> Iterator[None]:
     """A process that is started inside does not hear SIGINT: Ctrl-C reaches all of a terminal's processes.
 
     It is for this process, which closes the pipe, and a traceback from each worker, which may still be importing torch,

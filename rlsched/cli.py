@@ -22,9 +22,10 @@ INTERRUPTED = "interrupted: the same command goes on from here"
 BEGINS_ANEW = "interrupted: the same command begins anew"
 EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard"), "train"),
-    **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm"), "train"),
+    **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm", "tomli"), "train"),
     **dict.fromkeys(("captum", "bokeh"), "analysis"),
     "ray": "ray",
+    "optuna": "tune",
 }
 
 
@@ -51,6 +52,7 @@ VERBS = {
         Verb("train", "train a scheduling policy", "rlsched.agents.commands.train"),
         Verb("compare", "compare a policy with other schedules", "rlsched.experiments.compare.command"),
         Verb("benchmark", "measure policies on a suite of tasks", "rlsched.experiments.benchmark.command"),
+        Verb("tune", "search for the settings of a training", "rlsched.experiments.tune.command"),
         Verb("export", "export a policy file from a training run", "rlsched.agents.commands.export", resumes=False),
         Verb("report", "one page from runs, to look at", "rlsched.experiments.report.command", resumes=False),
         Verb("explain", "why a policy decides as it does", "rlsched.experiments.explain.command", resumes=False),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsched.agents.config import PRESETS, TrainConfig
+from rlsched.agents.presets import SUFFIX, preset
 
 NEEDS = ("torch", "rlsched.agents.ppo")
 TRAIN = """\
@@ -29,7 +30,8 @@ examples:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Beside its own, an option for each field of TrainConfig."""
     parser.description = TRAIN
-    parser.add_argument("--preset", default="default", help="where the other options start from: default, broad, demo")
+    presets = f"where the other options start from: {', '.join(PRESETS)}, or a {SUFFIX} file of settings"
+    parser.add_argument("--preset", default="default", help=f"{presets} (default: default)")
     parser.add_argument("--run-dir", "--log-dir", help="folder of the run: checkpoint, TensorBoard log, policy file")
     types = typing.get_type_hints(TrainConfig)
     group = parser.add_argument_group("configuration (defaults of the preset `default` in brackets)")
@@ -55,11 +57,10 @@ def _shown(default: Any) -> str:
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
-    if options.preset not in PRESETS:
-        raise ValueError(f"--preset must be one of {sorted(PRESETS)}, got {options.preset!r}")
+    start = preset(options.preset)
     given = {field.name: getattr(options, field.name, None) for field in fields(TrainConfig)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    return TrainConfig(**{"run_dir": f"runs/{options.preset}", **PRESETS[options.preset], **given})
+    return TrainConfig(**{"run_dir": f"runs/{Path(options.preset).stem}", **start, **given})
 
 
 def run(options: argparse.Namespace) -> None:

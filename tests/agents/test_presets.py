@@ -1,0 +1,56 @@
+"""Presets by name, and in files."""
+
+import re
+
+import pytest
+
+from rlsched.agents.commands.train import _config
+from rlsched.agents.config import PRESETS, TrainConfig
+from rlsched.agents.presets import preset, write_preset
+from rlsched.cli import _parser
+
+
+def test_what_was_written_is_what_is_trained(tmp_path):
+    """A best configuration that loses a setting on its way to a file is another one, and nobody would notice."""
+    there = TrainConfig(hidden=(8, 5), learning_rate=1e-5, averaging=3, tasks="small", privileged_critic=True)
+    path = write_preset(tmp_path / "mine.toml", ["found"], {"all": there.hyperparameters()})
+    config = _config(_parser().parse_args(["train", "--preset", str(path), "--seed", "7"]))
+    assert config.hyperparameters() == {**there.hyperparameters(), "seed": 7}
+    assert config.run_dir == "runs/mine"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_name_is_a_preset_as_before(name):
+    """A file beside it of the same name must not take its place, nor its settings be changed by who asks for them."""
+    settings = preset(name)
+    settings["seed"] = 1
+    assert preset(name) == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rat = 1", r"mine.toml: 'learning_rat' is no setting of a training: did you mean learning_rate\?"),
+        ("zzz = 1", "mine.toml: 'zzz' is no setting of a training: there are run_dir, tasks, "),
+        ("learning_rate = ", "mine.toml is no TOML file: "),
+        ("learning_rate = { low = 1, high = 2 }", "mine.toml: learning_rate must be a value, got {'low': 1"),
+        ("hidden = 5", "mine.toml: hidden must be a list, got 5"),
+        ("hidden = [3.5]", "hidden must"),
+        ("learning_rate = [3]", "learning_rate must be positive and finite, got "),
+        ("observations = [1]", "observations"),
+    ],
+)
+def test_file_that_is_none_is_told_in_a_line(text, message, tmp_path):
+    """A misspelt setting would be left at its default for hours of training."""
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        _config(_parser().parse_args(["train", "--preset", str(path)]))
+
+
+def test_preset_that_is_not_there_says_what_there_is():
+    """A file that was to be read, and a name that was misspelt, look alike."""
+    with pytest.raises(ValueError, match=re.escape("--preset must be one of ['broad', 'default', 'demo'], or a .toml")):
+        preset("best")
+    with pytest.raises(FileNotFoundError):
+        preset("best.toml")
