@@ -25,7 +25,7 @@ from rlsched.cli import exit_code
 from rlsched.envs import SchedulingVectorEnv
 from rlsched.envs.groups import Array
 from rlsched.envs.mixtures import mixture
-from rlsched.envs.sharding import Processes, Request, ShardedVectorEnv
+from rlsched.envs.sharding import Make, Processes, Request, ShardedVectorEnv, Transport
 from rlsched.experiments.table import markdown
 from rlsched.files import write
 
@@ -64,13 +64,13 @@ def measure(tasks: str, num_envs: int, numbers: Sequence[int], rounds: int, step
     torch.set_num_threads(1)
     few = mixture(tasks)
     with closing(SchedulingVectorEnv(num_envs, few)) as env:
-        still = Still(*env.reset(seed=0), env)  # type: ignore[arg-type]
+        still = Still(*env.reset(seed=0), env)
         actions = np.zeros(env.action_space.shape or (), np.float32)
         env.step(actions)
         core = [_seconds(lambda: env.step(actions), steps, time.process_time) for _ in range(rounds)]
     with ExitStack() as stack:
         workers = stack.enter_context(Workers(max(numbers)))
-        engines = {"processes": Processes, "ray": workers.transport}
+        engines: dict[str, Callable[[Sequence[Make]], Transport]] = {"processes": Processes, "ray": workers.transport}
         timed: dict[tuple[str, int], tuple[Callable[[], object], Callable[[], object]]] = {}
         for name, transport in engines.items():
             for number in numbers:
