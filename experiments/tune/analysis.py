@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, NullLocator
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
@@ -58,7 +59,7 @@ class Report:
         """Write the table, the pictures, and the presets."""
         out = self.study.out
         write(out / TABLE, f"{self.table()}\n".encode())
-        save(history(self.study), out / HISTORY)
+        save(history(self.study, None if self.best is None else self.best.number), out / HISTORY)
         if self.study.complete():
             save(slices(self.study), out / SETTINGS)
         found = importances(self.study)
@@ -101,9 +102,10 @@ class Report:
             if state in states
         ]
         lines = [f"{len(order)} trials: {', '.join(counted)}", ""]
+        rows = [self._row(trial, names) for trial in order[:SHOWN]]
         lines += _columns(
-            ["trial", self.objective, "in other episodes", *names],
-            [[row[0], row[2], row[3], *row[5:]] for row in (self._row(trial, names) for trial in order[:SHOWN])],
+            ["trial", "ended", self.objective, "in other episodes", *names],
+            [[row[0], row[1].partition(":")[0], *row[2:4], *row[5:]] for row in rows],
         )
         lines += [f"… {len(order) - SHOWN} more in {TABLE}"] if len(order) > SHOWN else []
         if self.best is None:
@@ -159,8 +161,8 @@ def importances(study: Study) -> dict[str, float]:
         return get_param_importances(study.optuna, evaluator=FanovaImportanceEvaluator(seed=0))
 
 
-def history(study: Study) -> Figure:
-    """The trials one after the other, and the course of each."""
+def history(study: Study, best: int | None) -> Figure:
+    """The trials one after the other, and the course of each; that of the best one stands out."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     is_minimized = OBJECTIVES[study.plan.objective] == "minimize"
@@ -171,9 +173,9 @@ def history(study: Study) -> Figure:
             left.plot([t.number for t in some], [_value(t) for t in some], marker, color=colour, label=label)
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     if complete:
-        best = np.minimum if is_minimized else np.maximum
+        better = np.minimum if is_minimized else np.maximum
         numbers = [*(trial.number for trial in complete), len(study.trials) - 1]
-        so_far = best.accumulate([float(trial.value or 0.0) for trial in complete])
+        so_far = better.accumulate([float(trial.value or 0.0) for trial in complete])
         left.step(numbers, [*so_far, so_far[-1]], where="post", color="C1", label="the best so far")
     failed = [trial.number for trial in study.trials if trial.state == TrialState.FAIL]
     for i, number in enumerate(failed):
@@ -182,16 +184,15 @@ def history(study: Study) -> Figure:
     left.xaxis.get_major_locator().set_params(integer=True)
     if left.get_legend_handles_labels()[1]:
         left.legend(fontsize="small")
-    winner = study.complete()[:1]
-    for trial in sorted(study.trials, key=lambda trial: trial in winner):
+    for trial in sorted(study.trials, key=lambda trial: trial.number == best):
         steps = sorted(trial.intermediate_values)
-        is_best, is_pruned = trial in winner, trial.state == TrialState.PRUNED
+        is_best, is_pruned = trial.number == best, trial.state == TrialState.PRUNED
         style: dict[str, Any] = {"color": "C1" if is_best else "0.6" if is_pruned else "C0"}
         style |= {"linewidth": 2.5 if is_best else 1, "label": f"trial {trial.number}, the best" if is_best else None}
         right.plot(steps, [trial.intermediate_values[step] for step in steps], marker=".", **style)
     right.set(xlabel="timesteps", title="how they were trained (gray: pruned)")
-    right.xaxis.set_major_formatter("{x:,.0f}")
-    if winner:
+    right.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if best is not None:
         right.legend(fontsize="small")
     return figure
 
@@ -208,6 +209,9 @@ def slices(study: Study) -> Figure:
             axis.set_xticks(range(len(distribution.choices)), [str(choice) for choice in distribution.choices])
         elif getattr(distribution, "log", False):
             axis.set_xscale("log")
+            ticks = np.geomspace(distribution.low, distribution.high, 3)  # type: ignore[attr-defined]
+            axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+            axis.xaxis.set_minor_locator(NullLocator())
         for state, (colour, marker, label) in MARKS.items():
             some = [t for t in study.trials if t.state == state and _value(t) is not None]
             places = [_place(distribution, trial.params[name]) for trial in some]
