@@ -64,6 +64,7 @@ napoleon_numpy_docstring = False
 
 html_theme = "furo"
 html_title = f"{project} {version}"
+html_favicon = "pictures/icon.svg"
 html_show_sourcelink = False
 html_theme_options = {
     "source_repository": REPOSITORY,
