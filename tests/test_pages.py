@@ -1,7 +1,9 @@
-"""What the pages of the documentation show can be done as it stands there."""
+"""What the README and the pages show can be done as it stands there: what a reader copies is what is run here."""
 
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,22 +11,43 @@ import pytest
 
 from rlsched import cli
 
-DOCS = Path(__file__).parents[1] / "docs"
-BLOCK = re.compile(r"```(python|sh)\n(.*?)```", re.DOTALL)
-TUTORIALS = sorted(str(path.relative_to(DOCS)) for path in DOCS.glob("tutorials/*.md"))
-RUN = ["index.md", "quickstart.md", "environment.md", "explain.md", *TUTORIALS]
-BEGINS_WITH = {"explain.md": "tutorials/look.md"}  # whose first block leaves a run to explain
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+NAMED = re.compile(r"# (\w+\.py)\n")
+ELSEWHERE = {  # pages whose blocks another test runs, since they are no program by themselves
+    "architecture.md": "tests/test_docs.py, each where it belongs",
+    "stable-baselines3.md": "tests/test_docs.py, with fewer timesteps",
+}
+BEGINS_WITH = {"docs/explain.md": "docs/tutorials/look.md"}  # whose first block leaves a run to explain
+ALONE = {"docs/frameworks.md": ("lightning", "transformers", "accelerate")}  # whose imports warn
 QUICK = "rlsched explain default --run runs/mine --out runs/explain"  # of the commands, which take minutes else
 
 
 def blocks(page):
     """The language of each block of code, and what is in it."""
-    return BLOCK.findall((DOCS / page).read_text(encoding="utf-8"))
+    return BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
 
 
-def commands(block):
-    """The lines of a block that are commands of ours."""
-    return re.findall(r"^rlsched .*", block, re.MULTILINE)
+README = [block for language, block in blocks("README.md") if language == "python"]
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "docs").rglob("*.md")
+    if path.name not in ELSEWHERE and "_build" not in path.parts and "python" in dict(blocks(path))
+)
+
+
+def run(code, folder):
+    """What a program prints, both ways, that a user saves and starts in an empty folder."""
+    name = NAMED.match(code)
+    script = folder / (name[1] if name else "example.py")
+    script.write_text(code, encoding="utf-8")
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # of the sources, where they are not installed
+    done = subprocess.run(
+        [sys.executable, script.name], cwd=folder, env=env, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
 
 
 @pytest.fixture
@@ -37,38 +60,39 @@ def folder(tmp_path, monkeypatch):
         sys.modules.pop(path.stem, None)
 
 
-@pytest.mark.parametrize("page", RUN)
-def test_page_runs(page, folder):
+@pytest.mark.parametrize("block", README, ids=lambda block: block.splitlines()[-1].strip())
+def test_block_of_the_readme_runs(block, tmp_path):
+    """The first thing that a newcomer copies ends in a traceback, and so does their interest."""
+    said = run(block, tmp_path)
+    assert "Warning" not in said, "nor does it begin with a warning"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs_from_top_to_bottom(page, folder):
     """Whoever copies a page block by block must not end in a traceback half-way.
 
-    A block that begins with the name of a file is that file.
+    A block that begins with a comment such as `# train_mine.py` is in a file of that name.
     """
     shown = blocks(page)
     if page in BEGINS_WITH:
         shown = blocks(BEGINS_WITH[page])[:1] + [block for block in shown if block[0] == "python"]
+    program = ""
     names = {"__name__": "__main__"}
     for language, block in shown:
-        if file := re.match(r"# (\w+\.py)\n", block):
+        if file := NAMED.match(block):
             (folder / file[1]).write_text(block, encoding="utf-8")
+        elif language == "sh" and QUICK in block:
+            assert cli.main(shlex.split(QUICK)[1:]) == 0
+        elif language == "python" and page in ALONE:
+            program += block
         elif language == "python":
             exec(compile(block, page, "exec"), names)
-        else:
-            for command in commands(block):
-                if command == QUICK:
-                    assert cli.main(shlex.split(command)[1:]) == 0
+    if page in ALONE:
+        for package in ALONE[page]:
+            pytest.importorskip(package)
+        run(program, folder)
 
 
-@pytest.mark.parametrize(
-    "command",
-    sorted(
-        {
-            command
-            for path in (*DOCS.glob("*.md"), *DOCS.glob("tutorials/*.md"))
-            for _, block in blocks(path)
-            for command in commands(block)
-        }
-    ),
-)
-def test_command_is_understood(command, folder):
-    """An option that was renamed would end what a reader pastes with a usage message."""
-    cli._parser().parse_args(shlex.split(command, comments=True)[1:])
+def test_readme_is_short():
+    """Who has to read for a quarter of an hour what it is leaves before they know."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
