@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 import rlsched
 from rlsched.agents.presets import write_preset
 from rlsched.experiments.table import TABLE, markdown, save
-from rlsched.experiments.tune.study import ERROR, OBJECTIVES, Study
+from rlsched.experiments.tune.study import ERROR, Study
 from rlsched.files import write
 
 BEST = "best.toml"
@@ -47,7 +47,7 @@ class Report:
         self.objective = study.plan.objective
         fresh = [(each, study.noted(each.number, FRESH)) for each in few]
         self.fresh = {trial.number: found[self.objective] for trial, found in fresh if found is not None}
-        worse = 1 if OBJECTIVES[self.objective] == "minimize" else -1
+        worse = 1 if study.plan.is_minimized else -1
         self.few = sorted(few, key=lambda trial: worse * self.fresh.get(trial.number, worse * math.inf))
 
     @property
@@ -165,15 +165,14 @@ def history(study: Study, best: int | None) -> Figure:
     """The trials one after the other, and the course of each; that of the best one stands out."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    is_minimized = OBJECTIVES[study.plan.objective] == "minimize"
-    what = f"{study.plan.objective} ({'lower' if is_minimized else 'higher'} is better)"
+    what = f"{study.plan.objective} ({'lower' if study.plan.is_minimized else 'higher'} is better)"
     for state, (colour, marker, label) in MARKS.items():
         some = [trial for trial in study.trials if trial.state == state and _value(trial) is not None]
         if some:
             left.plot([t.number for t in some], [_value(t) for t in some], marker, color=colour, label=label)
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     if complete:
-        better = np.minimum if is_minimized else np.maximum
+        better = np.minimum if study.plan.is_minimized else np.maximum
         numbers = [*(trial.number for trial in complete), len(study.trials) - 1]
         so_far = better.accumulate([float(trial.value or 0.0) for trial in complete])
         left.step(numbers, [*so_far, so_far[-1]], where="post", color="C1", label="the best so far")

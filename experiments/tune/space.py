@@ -33,7 +33,7 @@ KINDS = get_type_hints(TrainConfig)
 THE_STUDY_HAS_IT = {
     "run_dir": "each trial has a folder of its own in that of the study",
     "processes": "each trial is trained by one; --jobs says how many trials are trained side by side",
-    "eval_every": "each trial is evaluated nine times as it is trained",
+    "eval_every": "each trial is evaluated six times as it is trained",
 }
 ONLY_FIXED = ("tasks", "timesteps", "seed", "device", "compile", "eval_episodes", "eval_seed")
 
@@ -80,12 +80,13 @@ class Space:
         """The values that a configuration has; None where one of them is not in the space."""
         found = {}
         for name, distribution in self.distributions().items():
-            value = found[name] = _param(getattr(config, name))
+            value: Any = _param(getattr(config, name))
+            found[name] = value
             if isinstance(distribution, CategoricalDistribution):
                 if value not in distribution.choices:
                     return None
                 found[name] = distribution.choices[distribution.choices.index(value)]
-            elif not distribution._contains(float(value)):
+            elif not distribution._contains(value):
                 return None
         return found
 
@@ -97,7 +98,7 @@ class Space:
         for name, entry in self.searched.items():
             for value in entry.get("choices", [entry.get("low"), entry.get("high")]):
                 try:
-                    replace(config, **{name: tuple(value) if isinstance(value, list) else value})
+                    replace(config, **self.settings({name: _param(value)}))
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{self.source}: {name} = {json.dumps(value)}: {error}") from None
 

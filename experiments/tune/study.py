@@ -23,6 +23,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, NopPruner, SuccessiveHal
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rlsched.agents.config import COUNT, SEED, TrainConfig, differences
@@ -32,10 +33,11 @@ from rlsched.files import end_last_line, write
 STUDY, JOURNAL, TRIALS = "study.json", "journal.jsonl", "trials"
 NAME = "tune"  # of the study in its journal
 
-OBJECTIVES = {"regret": "minimize", "return": "maximize"}  # of the scores of an evaluation
+# Of the scores of an evaluation.
+OBJECTIVES = {"regret": StudyDirection.MINIMIZE, "return": StudyDirection.MAXIMIZE}
 TPE, GRID, RANDOM = SAMPLERS = ("tpe", "grid", "random")
 ASHA, HYPERBAND, NONE = PRUNERS = ("asha", "hyperband", "none")
-EVALUATIONS = 9  # of a training, after that of the untrained policy
+EVALUATIONS = 6  # of a training, after that of the untrained policy
 REDUCTION = 3  # of the trials that come to a rung, one in so many goes on; the next rung is so many times as far
 DEATHS = 3  # of processes, until a trial is given up
 ERROR, DIED, SCORES = "error", "processes that died", "scores"  # attributes of a trial
@@ -87,6 +89,10 @@ class Plan:
     @cached_property
     def grid(self) -> list[dict[str, Any]]:
         return self.space.grid()
+
+    @property
+    def is_minimized(self) -> bool:
+        return OBJECTIVES[self.objective] is StudyDirection.MINIMIZE
 
     @property
     def number(self) -> int:
@@ -251,7 +257,7 @@ class Study:
 
     def complete(self) -> list[FrozenTrial]:
         """The trials that came to their end, the best first."""
-        worse = 1 if self.optuna.direction.name == "MINIMIZE" else -1
+        worse = 1 if self.plan.is_minimized else -1
         found = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         return sorted(found, key=lambda trial: worse * (trial.value or 0.0))
 

@@ -152,7 +152,7 @@ class Workers:
         pipes = {worker.pipe: worker for worker in self._workers if worker.job is not None}
         heard: list[tuple[int, Message]] = []
         for pipe in wait(list(pipes)):
-            worker = pipes[pipe]  # type: ignore[index]
+            worker = pipes[pipe]
             message = worker.message()
             assert worker.job is not None
             heard.append((worker.job, message))
