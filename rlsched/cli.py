@@ -24,6 +24,8 @@ EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard"), "train"),
     **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm"), "train"),
     "captum": "analysis",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    "huggingface_hub": "hub",
 }
 
 
@@ -50,7 +52,13 @@ VERBS = {
         Verb("train", "train a scheduling policy", "rlsched.agents.commands.train"),
         Verb("compare", "compare a policy with other schedules", "rlsched.experiments.compare.command"),
         Verb("benchmark", "measure policies on a suite of tasks", "rlsched.experiments.benchmark.command"),
-        Verb("export", "export a policy file from a training run", "rlsched.agents.commands.export", resumes=False),
+        Verb(
+            "export",
+            "export a policy as a policy file, ONNX or TorchScript",
+            "rlsched.agents.commands.export",
+            resumes=False,
+        ),
+        Verb("compress", "smaller policies that do nearly the same", "rlsched.experiments.compress.command"),
         Verb("explain", "why a policy decides as it does", "rlsched.experiments.explain.command", resumes=False),
     )
 }
