@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlsched.frozen import FrozenSchedule
     from rlsched.length import steps_of
+    from rlsched.onnx_policy import OnnxPolicy
     from rlsched.optimizer import Controller, ScheduledOptimizer, attach
     from rlsched.policy import SchedulePolicy
     from rlsched.safety import DivergenceError
@@ -22,6 +23,7 @@ __all__ = [
     "DivergenceError",
     "FrozenSchedule",
     "Intervention",
+    "OnnxPolicy",
     "SchedulePolicy",
     "ScheduledOptimizer",
     "__version__",
@@ -34,6 +36,7 @@ _HOMES = {
     "DivergenceError": "safety",
     "FrozenSchedule": "frozen",
     "Intervention": "verdict",
+    "OnnxPolicy": "onnx_policy",
     "SchedulePolicy": "policy",
     "ScheduledOptimizer": "optimizer",
     "attach": "optimizer",

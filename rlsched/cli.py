@@ -26,6 +26,8 @@ EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("captum", "bokeh"), "analysis"),
     "ray": "ray",
     "optuna": "tune",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    "huggingface_hub": "hub",
 }
 
 
@@ -53,7 +55,8 @@ VERBS = {
         Verb("compare", "compare a policy with other schedules", "rlsched.experiments.compare.command"),
         Verb("benchmark", "measure policies on a suite of tasks", "rlsched.experiments.benchmark.command"),
         Verb("tune", "search for the settings of a training", "rlsched.experiments.tune.command"),
-        Verb("export", "export a policy file from a training run", "rlsched.agents.commands.export", resumes=False),
+        Verb("export", "export a policy, for torch or for others", "rlsched.agents.commands.export", resumes=False),
+        Verb("compress", "smaller policies that do nearly the same", "rlsched.experiments.compress.command"),
         Verb("report", "one page from runs, to look at", "rlsched.experiments.report.command", resumes=False),
         Verb("explain", "why a policy decides as it does", "rlsched.experiments.explain.command", resumes=False),
     )
