@@ -35,6 +35,7 @@ and what the learner takes. Writes scale.json and scale.md to the folder --out. 
 """
 CORES = (1, 8, 16, 32, 64, 128)  # of the table on paper
 STEPS = TrainConfig.n_steps
+TRAVELS = 20  # in a round
 
 
 class Still(VectorEnv[Array, Array, Array]):
@@ -83,10 +84,13 @@ def measure(tasks: str, num_envs: int, numbers: Sequence[int], rounds: int, step
                 request: list[Request | None] = [("step", actions[: num_envs // number])] * number
                 carrier.ask([("open", None)] * number)
                 timed[name, number] = partial(sharded.step, actions), partial(carrier.ask, request)
-        found: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in timed}
+        found: dict[tuple[str, int], list[tuple[float, ...]]] = {key: [] for key in timed}
         for _ in range(rounds):
             for key, (step, travel) in timed.items():
-                found[key].append((_seconds(step, steps), _seconds(travel, 20)))
+                cpu = time.process_time()
+                travelled = _seconds(travel, TRAVELS)
+                cpu = (time.process_time() - cpu) / TRAVELS
+                found[key].append((_seconds(step, steps), travelled, cpu))
     model = PPO("MlpPolicy", VectorEnvAdapter(still), n_steps=STEPS, batch_size=2048, n_epochs=4, device="cpu")
     learner = [_seconds(lambda: model.learn(num_envs * STEPS), 1, time.process_time) for _ in range(rounds)]
     return {
@@ -96,9 +100,9 @@ def measure(tasks: str, num_envs: int, numbers: Sequence[int], rounds: int, step
         "core": float(np.median(core)),
         "learner": float(np.median(learner)),
         "engines": [
-            {"engine": name, "workers": number, "step": step, "travel": travel}
-            for (name, number), pairs in found.items()
-            for step, travel in [np.median(pairs, 0).tolist()]
+            {"engine": name, "workers": number, **dict(zip(("step", "travel", "packing"), medians, strict=True))}
+            for (name, number), each in found.items()
+            for medians in [np.median(each, 0).tolist()]
         ],
     }
 
@@ -122,10 +126,15 @@ def tables(found: dict[str, Any]) -> str:
     """What was measured, and what follows for more cores."""
     runs = found["num_envs"]
     rows = [
-        [f"{e['engine']}, {e['workers']}", f"{runs / e['step']:,.0f}", f"{e['travel'] * 1000:.2f}"]
+        [
+            f"{e['engine']}, {e['workers']}",
+            f"{runs / e['step']:,.0f}",
+            f"{e['travel'] * 1000:.2f}",
+            f"{e['packing'] * 1000:.2f}",
+        ]
         for e in found["engines"]
     ]
-    measured = markdown(["workers", "decisions/s", "ms of a step that only travels"], rows)
+    measured = markdown(["workers", "decisions/s", "ms of a step that only travels", "of the learner's core"], rows)
     return (
         f"Mixture {found['tasks']}, {runs} runs, medians of rounds in turns; load of the machine {found['load']:.1f}. "
         f"One core: {runs / found['core']:,.0f} decisions per second of its time; the learner (rollout and update of "
@@ -136,10 +145,10 @@ def tables(found: dict[str, Any]) -> str:
 def paper(found: dict[str, Any]) -> str:
     """With more cores: while the workers train, the learner waits, and the other way round.
 
-    What travels is packed and unpacked by the learner's one thread, in proportion to the decisions, as the update is.
+    What travels is packed and unpacked on the learner's core, in proportion to the decisions, as the update is.
     """
     runs = found["num_envs"]
-    (alone,) = (e["travel"] for e in found["engines"] if e["engine"] == "ray" and e["workers"] == 1)
+    (alone,) = (e["packing"] for e in found["engines"] if e["engine"] == "ray" and e["workers"] == 1)
     environment, travel, learner = found["core"] / runs, alone / runs, found["learner"] / (runs * STEPS)  # s a decision
     rows = []
     for cores in CORES:

@@ -154,7 +154,7 @@ def test_plan_names_the_wrong_field(field, value):
 
 def test_cores_that_one_learner_feeds_follow_from_three_costs():
     """Whoever rents cores by this table would pay for those that wait."""
-    engines = [{"engine": "ray", "workers": 1, "step": 1.0, "travel": 0.01}]
+    engines = [{"engine": "ray", "workers": 1, "step": 1.0, "travel": 9.0, "packing": 0.01}]
     found = {"num_envs": 100, "core": 0.4, "learner": 0.01 * scale.STEPS, "engines": engines}
     said = scale.paper(found)  # a decision: 4 ms of the environment, 0.1 ms on the way, 0.1 ms of the learner
     assert "| 1 | 238 | 95% |" in said and "| 16 | 2,222 | 56% |" in said
