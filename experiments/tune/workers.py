@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from rlsched.agents.config import TrainConfig
 from rlsched.envs.sharding import check_main_guard, deaf_to_interrupts, portable
@@ -173,6 +174,7 @@ class Workers:
 def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the parent, which ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is the system's too, which warns of it when this process is killed
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):  # the parent closed the pipe
         while True:
