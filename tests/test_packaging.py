@@ -24,6 +24,7 @@ INSIDE = tuple(f"rlsched.{folder}" for folder in FOLDERS)
 EXTRAS = (
     *("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "matplotlib", "sklearn", "captum", "bokeh"),
     *("lightning", "transformers", "accelerate", "ray", "optuna"),
+    *("onnx", "onnxscript", "onnxruntime", "huggingface_hub"),
 )
 
 

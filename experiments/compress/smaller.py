@@ -78,7 +78,8 @@ def pruned(policy: SchedulePolicy, decisions: Decisions, seed: int) -> Actor:
     layers = [(layer.weight.clone(), layer.bias.clone()) for layer in old.layers if isinstance(layer, nn.Linear)]
     between: Callable[[Tensor], Tensor] = getattr(torch, old.activation)
     outputs = decisions.observations
-    for i, (weight, bias) in enumerate(layers[:-1]):
+    for i in range(len(layers) - 1):
+        weight, bias = layers[i]
         outputs = between(outputs @ weight.T + bias)
         behind, beyond = layers[i + 1]
         does = outputs.std(0) * behind.norm(dim=0)

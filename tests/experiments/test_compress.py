@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import always, lively_policy
 
+from rlsched import SchedulePolicy
 from rlsched.agents.explain.decisions import Decisions
 from rlsched.cli import main
 from rlsched.envs import SetupDistribution
@@ -88,6 +89,15 @@ def test_unit_that_does_nothing_is_pruned_without_a_trace():
     made = pruned(policy, decisions, 0) if KEPT == 0.5 else pytest.fail("the test is for one half")
     assert made.hidden == (len(first.bias) // 2,)
     assert error(policy, made, decisions) < 0.02
+
+
+def test_every_layer_is_pruned_to_its_half():
+    """The layer behind takes fewer inputs than before, and is pruned in its turn."""
+    policy = SchedulePolicy.load("default")
+    decisions = decisions_of(policy)
+    made = pruned(policy, decisions, 0)
+    assert made.hidden == tuple(units // 2 for units in policy.actor.hidden)
+    assert error(policy, made, decisions) < 0.1
 
 
 @pytest.mark.parametrize("learn, most", [(student, 0.1), (tree, 0.25)])
