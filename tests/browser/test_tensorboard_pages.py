@@ -1,0 +1,204 @@
+"""What a user sees who opens a log in TensorBoard."""
+
+import re
+from shutil import copytree
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import lively_policy, network, train
+from pages import is_drawn, wait_until
+from tiny import OPTIONS, TINY
+from torch import nn
+
+from rlsched import ScheduledOptimizer
+from rlsched import tensorboard as user_log
+from rlsched.agents import TrainConfig
+from rlsched.agents import tensorboard as training_log
+from rlsched.agents import train as train_policy
+from rlsched.agents.tensorboard import BASE, LOG, METRICS, RETURN, TUNED
+from rlsched.envs import MIXTURES, InnerTask
+from rlsched.experiments.compare.analysis import FINAL, LOG_LOSS, Results, counted, report
+from rlsched.experiments.compare.run import TENSORBOARD, Plan, compare
+from rlsched.experiments.compare.tasks import FixedSplit
+from rlsched.figures import FIGURES
+
+expect = pytest.importorskip("playwright.sync_api").expect
+POINTS = torch.linspace(-1, 1, 60).view(20, 3), torch.arange(20) % 4
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """The folder of a training, and how its runs end."""
+    folder, end = tmp_path_factory.mktemp("training") / "demo", OPTIONS["timesteps"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MIXTURES, "tiny", TINY)
+        config = TrainConfig(run_dir=str(folder), **OPTIONS)
+        train_policy(config)
+    ends = {LOG: ("train/value_loss", end), f"{LOG}/{BASE}": (RETURN, end), f"{LOG}/{TUNED}": (RETURN, end)}
+    return SimpleNamespace(folder=folder, ends=ends, config=config)
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory):
+    """The folder of a user's run with an intervention, and how it ends."""
+    folder, model = tmp_path_factory.mktemp("users"), network()
+    inner = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = ScheduledOptimizer(
+        inner, total_steps=STEPS, decisions=8, policy=lively_policy(), log_dir=folder / "mine"
+    )
+    train(model, optimizer, range(10))
+    optimizer.observe_validation(1.0)
+    optimizer.zero_grad()
+    model[0].weight.grad = torch.full_like(model[0].weight, torch.nan)
+    optimizer.step(loss=torch.nan)
+    train(model, optimizer, range(11, STEPS))
+    assert optimizer.controller.interventions
+    return SimpleNamespace(
+        folder=folder,
+        ends={"mine": ("rlsched/lr", 22)},
+        layout=user_log.LAYOUT,
+        interventions=optimizer.controller.interventions,
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """The folder of a comparison, its results, and how its runs end."""
+    folder, steps = tmp_path_factory.mktemp("comparison") / "demo-compare", 6
+    task = InnerTask(lambda: nn.Linear(3, 4), FixedSplit(*POINTS, validation_points=8), batch_size=4)
+    compare(Plan({"points": task}, ("sgd", "adam"), (steps,), 2, (1.0,), (0.1, 1.0)), lively_policy(), folder)
+    report(folder)
+    results = Results(folder)
+    last = (f"{list(results.runs)[-1]}/{FINAL}", steps)
+    ends = {path.name: last for path in (folder / TENSORBOARD).iterdir()}
+    return SimpleNamespace(folder=folder, ends=ends, results=results)
+
+
+def assert_runs(page, names):
+    """The page of Time Series lists these runs, and draws them all: from about forty on it would tick none."""
+    rows = page.locator("runs-data-table tb-data-table-content-row")
+    expect(rows).to_have_count(len(names))
+    assert {row.inner_text().strip(): row.locator("input").is_checked() for row in rows.all()} == dict.fromkeys(
+        names, True
+    )
+
+
+def assert_first_chart(page, tag, runs):
+    """The first chart is of this tag, and these runs are drawn in it."""
+    card = page.locator("card-view").first
+    expect(card.locator("tb-truncated-path")).to_have_attribute("title", tag)
+    expect(card.locator("scalar-card-data-table tb-data-table-content-row")).to_have_text(
+        [re.compile(rf"^\s*{re.escape(run)}\s*-?\d") for run in runs]
+    )
+    wait_until(lambda: is_drawn(card.locator("line-chart")))
+
+
+def assert_laid_out(page, *layouts):
+    """The charts of layouts are there, and each has curves: none has "Matches (0)", which is all that would be said."""
+    titles = sorted(title for layout in layouts for charts in layout.values() for title in charts)
+    cards = page.locator("tf-custom-scalar-multi-line-chart-card")
+    expect(cards).to_have_count(len(titles))
+    expect(cards.filter(has_text=re.compile(r"Matches \([1-9]\d*\)"))).to_have_count(len(titles))
+    assert sorted(cards.locator("tf-card-heading .name").all_inner_texts()) == titles
+    for card in cards.all():
+        wait_until(lambda card=card: is_drawn(card.locator("#chartdiv")))
+
+
+def assert_table(page, head, rows):
+    """HParams has a table of these columns and rows."""
+    expect(page.locator("vaadin-grid-cell-content .table-cell:visible")).to_have_text(
+        ["Trial ID", "Show Metrics", *head, *(cell for name, *cells in rows for cell in (name, "", *cells))]
+    )
+
+
+def assert_pictures(page, number):
+    """All pictures are there, and of a size at which they can be read."""
+    pictures = page.locator("tf-image-loader img#main-image")
+    expect(pictures).to_have_count(number)
+    for picture in pictures.all():
+        wait_until(lambda picture=picture: picture.evaluate("image => image.complete && image.naturalWidth") > 400)
+
+
+def test_training_tells_its_story(tensorboard, page, training):
+    """A log that is all there, read back from its file, may still be shown as empty charts and unticked runs."""
+    url = tensorboard(training.folder, training.ends)
+    page.goto(url)
+    assert_runs(page, training.ends)
+    assert_first_chart(page, RETURN, sorted(training.ends))
+
+    page.goto(f"{url}#custom_scalars")
+    assert_laid_out(page, training_log.LAYOUT)
+
+    page.goto(f"{url}#hparams")
+    first = sorted(training.config.hyperparameters())[:5]  # of which TensorBoard shows as many
+    values = [training.config.hyperparameters()[name] for name in first]
+    shown = [value if isinstance(value, str) else re.compile(rf"^\s*{value:g}(\.0*)?\s*$") for value in values]
+    number = re.compile(r"^\s*-?\d\S*\s*$")
+    assert_table(page, [*first, *METRICS], [[LOG, *shown, *[number] * len(METRICS)]])
+
+    page.goto(f"{url}#images")
+    assert_pictures(page, training.config.eval_episodes)
+
+    page.goto(f"{url}#text")
+    card = page.locator("tf-markdown-view").first
+    for title in ("How to read this page", "Configuration"):
+        expect(card.get_by_role("heading", name=title)).to_be_visible()
+    for name in (RETURN, *training.config.hyperparameters()):
+        expect(card.get_by_role("cell", name=name, exact=True)).to_have_count(1)
+
+
+def test_users_run_tells_its_story(tensorboard, page, users):
+    """Who plugs a schedule in for the first time looks here for what it does, and why it held the lr down."""
+    url = tensorboard(users.folder, users.ends)
+    page.goto(url)
+    assert_runs(page, users.ends)
+    assert_first_chart(page, min(FIGURES), users.ends)
+
+    page.goto(f"{url}#custom_scalars")
+    assert_laid_out(page, users.layout)
+
+    page.goto(f"{url}#text")
+    table, *reasons = page.locator("tf-text-loader").all()
+    for name in FIGURES:
+        expect(table.get_by_role("cell", name=name, exact=True)).to_have_count(1)
+    (interventions,) = reasons
+    for _, message in users.interventions:
+        expect(interventions).to_contain_text(message)
+
+
+def test_comparison_can_be_sorted_by(tensorboard, page, comparison):
+    """Which schedule is the best, a user would have to find out in a chart of a dozen curves of like colors."""
+    url = tensorboard(comparison.folder / TENSORBOARD, comparison.ends)
+    page.goto(url)
+    assert_runs(page, comparison.ends)
+    settings = list(comparison.results.runs)
+    assert_first_chart(page, f"{min(map(str, settings))}/{LOG_LOSS}", sorted(comparison.ends))
+
+    page.goto(f"{url}#hparams")
+    rows = []
+    for method in comparison.results.methods():
+        at = "tuned" if method.factor is None else f"× {method.factor:g}"
+        label = comparison.results.label(method.contender)
+        finals = [np.mean([counted(row) for row in comparison.results.of(method, setting)]) for setting in settings]
+        rows.append([at, label, *(re.compile(rf"^\s*{final:.3f}\d*\s*$") for final in finals)])
+    head = ["base learning rate", "schedule", *(f"{setting}/{FINAL}" for setting in settings)]
+    print(page.locator("vaadin-grid-cell-content").all_inner_texts())
+    print(head, rows)
+
+
+def test_logs_of_all_kinds_are_shown_side_by_side(tensorboard, page, training, users, comparison, tmp_path):
+    """Whoever opens the folder of all runs would find the charts of some, and those of others unticked."""
+    runs, ends = tmp_path / "runs", {}
+    for kind in (training, users, comparison):
+        copytree(kind.folder, runs / kind.folder.name)
+        below = f"{TENSORBOARD}/" if kind is comparison else ""
+        ends |= {f"{kind.folder.name}/{below}{run}": end for run, end in kind.ends.items()}
+    url = tensorboard(runs, ends)
+    page.goto(url)
+    assert_runs(page, ends)
+
+    page.goto(f"{url}#custom_scalars")
+    assert_laid_out(page, training_log.LAYOUT, users.layout)
