@@ -50,7 +50,9 @@ def page(browser, serve):  # it is closed before its server
     page.on("request", lambda request: page.requested.append(request.url))
     page.on("console", lambda message: wrong.append(f"console: {message.text}") if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(f"uncaught: {error}"))
-    page.on("response", lambda response: wrong.append(f"{response.status}: {response.url}") if not response.ok else None)
+    page.on(
+        "response", lambda response: wrong.append(f"{response.status}: {response.url}") if not response.ok else None
+    )
     yield page
     page.close()
     assert wrong == []
