@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install inside rlsched
 INSIDE = tuple(f"rlsched.{folder}" for folder in FOLDERS)
 EXTRAS = (
-    *("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "matplotlib", "sklearn", "captum"),
+    *("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "matplotlib", "sklearn", "captum", "bokeh"),
     *("lightning", "transformers", "accelerate"),
 )
 

@@ -161,7 +161,7 @@ def plot(results: Results) -> Figure:
             name = f"{label}, best of {len(factors)}" if contender.policy is None else label
             for factor, style in zip(shown, ("--", "-", ":") if len(shown) == 3 else ["-"] * len(shown), strict=True):
                 curves = np.array([row["curve"] for row in by_lr[factor]], dtype=float)  # accuracy may be null
-                loss = _geometric_mean(curves[:, :, 1])
+                loss = geometric_mean(curves[:, :, 1])
                 loss_axis.plot(curves[0, :, 0], loss, style, color=color, label=f"{name}, lr × {factor:.3g}")
                 lr_axis.plot(curves[0, :, 0], curves[0, :, 3], style, color=color)
             finals = [results.log_loss(setting, contender, factor) for factor in factors]
@@ -191,7 +191,7 @@ def tensorboard(results: Results, folder: Path) -> None:
             if not (rows := results.of(method, setting)):
                 continue
             curves = np.array([row["curve"] for row in rows], dtype=float)  # (seeds, evaluations, columns)
-            columns = {LOG_LOSS: np.log(_geometric_mean(curves[:, :, 1]))}
+            columns = {LOG_LOSS: np.log(geometric_mean(curves[:, :, 1]))}
             columns |= {tag: curves[0, :, column] for tag, column in CURVES.items()}
             for tag, values in columns.items():
                 for step, value in zip(curves[0, :, 0], values, strict=True):
@@ -235,5 +235,6 @@ def _worst(groups: list[list[Row]]) -> str:
     return text if is_recorded == {True} else f"{text}, or as {WORST:g} if it is of a version that did not record it"
 
 
-def _geometric_mean(losses: np.ndarray) -> np.ndarray:
+def geometric_mean(losses: np.ndarray) -> np.ndarray:
+    """Over the first axis, the seeds; a loss beyond all bounds counts as a thousand."""
     return np.exp(np.log(np.clip(losses, 1e-12, 1e3)).mean(0))

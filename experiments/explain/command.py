@@ -8,6 +8,7 @@ from typing import Any
 
 from rlsched.agents.config import COUNT, SEED
 
+NEEDS = ("torch", "rlsched.agents.evaluation", "rlsched.experiments.explain.explanation")
 EXPLAIN = """\
 Why a policy decides as it does: what each action owes to each observation (integrated gradients), how it follows each
 of them (response curves), what matters when in a run, and rules that say nearly the same, with how nearly. Of
@@ -16,6 +17,9 @@ policy. Rules are held against runs that they were not made of, so that --run ne
 
 Writes explanation.md and .json, CSV tables and pictures to the folder --out, and prints the story. docs/explain.md says
 how to read it. Actions are explained as they are before they are clipped to [−1, 1].
+
+With --run, TensorBoard shows it all too, as a run of its own, explanation: in the log_dir of the run, or in the folder
+that has all of the runs. Give --tensorboard for another folder, or for episodes.
 
 examples:
   rlsched explain default
@@ -37,18 +41,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--episodes", type=int, help="to play (default: 48)")
     parser.add_argument("--seed", type=int, help="of the first episode (default: 1000000)")
     parser.add_argument("--out", type=Path, default=Path("runs/explain"), help="(default: runs/explain)")
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="FOLDER", help="for the run that TensorBoard shows (see above)"
+    )
 
 
-def explain(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Explain as the options say, write it down, and print the story."""
     from rlsched.experiments.explain.explanation import explanation
+    from rlsched.experiments.explain.tensorboard import beside, write
     from rlsched.files import make_folder
     from rlsched.policy import SchedulePolicy
 
     policy = SchedulePolicy.load(options.policy)
-    make_folder(options.out)  # one that cannot be made is better known before the first episode
+    folder = options.tensorboard or (beside(options.runs) if options.runs else None)
+    for path in (options.out, folder):  # one that cannot be made is better known before the first episode
+        if path is not None and path not in (options.runs or ()):
+            make_folder(path)
     decisions, source = _decisions(policy, options)
-    print(explanation(policy, str(options.policy), decisions, source, show=True).publish(options.out))
+    explained = explanation(policy, str(options.policy), decisions, source, show=True)
+    print(explained.publish(options.out))
+    if folder is not None:
+        print(f"TensorBoard {write(explained, folder)}")
 
 
 def _decisions(policy: Any, options: argparse.Namespace) -> tuple[Any, str]:

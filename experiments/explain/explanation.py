@@ -7,11 +7,12 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from rlsched.agents.explain.attribution import Attribution, attribute, importance, importance_over_run
@@ -94,8 +95,8 @@ class Explanation(NamedTuple):
             f"{signed(self.attribution.baseline_action[i])} at a typical observation, beyond ±1 in {beyond:.0%}"
         )
 
-    def page(self, pictures: Sequence[Path]) -> str:
-        """The whole as Markdown."""
+    def page(self, pictures: Sequence[Path] = ()) -> str:
+        """The whole as Markdown, with links to pictures that lie beside it."""
         parts = ["# Why the policy decided so", f"```text\n{self.story()}\n```"]
         controls, features, whole = self.policy.controls, self.attribution.features, self.importance
         parts += [
@@ -139,7 +140,8 @@ class Explanation(NamedTuple):
             for k, name in enumerate(self.policy.observations)
         ]
         parts.append(markdown(["observation", "meaning", "typical", "seen, 5 % … 95 %"], rows, labels=2))
-        parts += ["## Pictures", *(f"![{path.stem}]({path.name})" for path in pictures)]
+        if pictures:
+            parts += ["## Pictures", *(f"![{path.stem}]({path.name})" for path in pictures)]
         return "\n\n".join(parts) + "\n"
 
     # --- On disk --------------------------------------------------------------------------------------------------
@@ -150,7 +152,7 @@ class Explanation(NamedTuple):
         Raises:
             OSError: it cannot be written.
         """
-        pictures = self._pictures(out)
+        pictures = [save(figure, out / f"{name}.png") for name, figure in self.figures()]
         write(out / DECISIONS, _csv(self._decisions()))
         write(out / ATTRIBUTIONS, _csv(self._attributions()))
         write(out / IMPORTANCE, _csv(self._importance()))
@@ -161,22 +163,24 @@ class Explanation(NamedTuple):
         shown = " ".join(path.name for path in pictures)
         return f"{self.story()}\n\npage       {page}\ntables     {tables}\npictures   {shown}"
 
-    def _pictures(self, out: Path) -> list[Path]:
+    def figures(self, courses: int = MOST_PICTURES) -> Iterator[tuple[str, Figure]]:
+        """Its pictures, with their names, in the order in which to look at them.
+
+        Args:
+            courses: the most that have a picture of their single decisions. Of episodes it is at most one.
+        """
         controls, decisions, names = self.policy.controls, self.decisions, self.policy.observations
-        paths = [save(importance_figure(controls, self.attribution, decisions), out / "importance.png")]
+        yield "importance", importance_figure(controls, self.attribution, decisions)
         are_runs = not decisions.courses[0].startswith("episode")
-        for course in range(min(MOST_PICTURES, len(decisions.courses)) if are_runs else 1):
-            figure = decisions_figure(controls, self.attribution, decisions, course)
-            paths.append(save(figure, out / f"decisions-{course + 1}.png"))
+        for course in range(min(courses, len(decisions.courses) if are_runs else 1)):
+            yield f"decisions-{course + 1}", decisions_figure(controls, self.attribution, decisions, course)
         features = self.attribution.features
         for i, control in enumerate(controls):
             order = [features[k] for k in self.order(i) if features[k] in self.responses]
             if order:
-                figure = response_figure(control, i, self.responses, order, decisions, names)
-                paths.append(save(figure, out / f"response-{control}.png"))
+                yield f"response-{control}", response_figure(control, i, self.responses, order, decisions, names)
         if self.rules:
-            paths.append(save(fidelity_figure(controls, self.rules, decisions), out / "fidelity.png"))
-        return paths
+            yield "fidelity", fidelity_figure(controls, self.rules, decisions)
 
     def data(self) -> dict[str, Any]:
         """What a program may want of it, but for single decisions and curves, for which there are CSV tables."""

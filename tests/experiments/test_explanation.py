@@ -3,13 +3,16 @@
 import csv
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from helpers import lively_policy, network, train
+from matplotlib.figure import Figure
 from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlsched import ScheduledOptimizer
 from rlsched.cli import main
@@ -82,9 +85,30 @@ def test_episodes_are_explained(policy, tmp_path, capsys):
     assert re.search(r"R² \S+ and \d+% equal signs on runs held out", printed)
 
 
+def test_run_is_explained_in_tensorboard(policy, run, tmp_path, monkeypatch, capsys):
+    """Who looks at a run in TensorBoard would not see why it was led so; twice explained, they would see it twice."""
+    monkeypatch.setattr(Explanation, "figures", lambda self: iter([("importance", Figure((1, 1)))]))
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    out = ["--out", str(tmp_path / "out")]
+    for arguments, folder in (
+        (["--run", str(run)], run),
+        (["--run", str(run)], run),
+        (["--run", str(run), str(other)], run.parent),
+        ([*PLAYED, "--tensorboard", str(tmp_path / "board")], tmp_path / "board"),
+    ):
+        assert main(["explain", policy, *arguments, *out]) == 0
+        assert str(folder / "explanation") in capsys.readouterr().out
+        (file,) = (folder / "explanation").iterdir()
+        log = EventAccumulator(str(file)).Reload()
+        assert log.Tags()["images"] == ["rlsched_explanation/01 importance"]
+        (text,) = log.Tags()["tensors"]
+        assert "Why the policy decided so" in log.Tensors(text)[0].tensor_proto.string_val[0].decode()
+
+
 def test_run_is_explained(policy, run, tmp_path, monkeypatch, capsys):
     """A user's own run is the one that is asked about. Rules of one run cannot be held against another, and say so."""
-    monkeypatch.setattr(Explanation, "_pictures", lambda self, out: [])  # drawn in the test above, and slow
+    monkeypatch.setattr(Explanation, "figures", lambda self: iter(()))  # drawn in the test above, and slow
     assert main(["explain", policy, "--run", str(run), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert f"4 of {run}" in printed and "There are no rules" in printed
