@@ -139,7 +139,7 @@ class SetupDistribution:
 class InnerTask:
     """A family of inner tasks that share one architecture, and so can be trained as one stack.
 
-    A user's own network, data and loss become one like this:
+    A user's own network, data and loss become one like this::
 
         InnerTask(lambda: nn.Linear(784, 10), (images, labels), nn.functional.cross_entropy, batch_size=64)
 

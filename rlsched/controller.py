@@ -147,7 +147,7 @@ class Controller(TrainingRun):
 
     @property
     def interventions(self) -> list[Intervention]:
-        """What was done to keep the run alive: (step, message) each."""
+        """What was done to keep the run alive, (step, message) each."""
         return list(self.guard.state.interventions)
 
     # --- What a training loop calls ---------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class ScheduledOptimizer(Optimizer):
             optimizer.zero_grad()
 
     **The schedule.** Each control has a state, which the policy π moves at the K ≈ `decisions` decisions of a run; at
-    inner step n of N = `total_steps`, in the window after decision k, a group that came with (η, β, λ) has
+    inner step n of N = `total_steps`, in the window after decision k, a group that came with (η, β, λ) has::
 
         learning rate   η_n = η · s(n/N) · exp(c_lr) · (1 − β_n) / (1 − β)      the last factor where momentum sums
         momentum        β_n = 1 − (1 − β) · 10^(−c_momentum)                    gradients (SGD, RMSprop), else 1
@@ -61,7 +61,7 @@ class ScheduledOptimizer(Optimizer):
                         ḡ_n = 0.9 · ḡ_{n−1} + 0.1 · min(‖g_n‖, 10 · ḡ_{n−1})    with 100 for exp(…) while c_clip = 0
         weight decay    λ_n = λ · exp(c_weight_decay)                           decoupled or L2, as the optimizer has it
 
-    and a decision moves them all by
+    and a decision moves them all by::
 
         c_k = c_{k−1} + δ ⊙ π(o_k) · min(1, d² / D(o_k)²)
 

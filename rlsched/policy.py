@@ -211,7 +211,7 @@ class SchedulePolicy:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that decides the actions: the same for the same policy, wherever it was saved."""
+        """SHA-256 of all that decides the actions. It is the same for the same policy, wherever it was saved."""
         return _digest(self._tensors(), {SPEC: json.dumps(self._spec()._asdict())})
 
     def _spec(self) -> _Spec:

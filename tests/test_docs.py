@@ -22,7 +22,7 @@ from rlsched.signals import OBSERVATIONS
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("rlsched/pretrained/*.md")]
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("rlsched/pretrained/*.md")]
 }
 README, SUPPORT = PAGES["README.md"], PAGES["docs/support.md"]
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -32,7 +32,7 @@ COMMANDS = re.findall(
 LINK = re.compile(r"\]\((?!http)([^)# ]*)(?:#([^) ]+))?(?: \".*?\")?\)")
 
 
-@pytest.mark.parametrize("name", ["spec.md", "tasks.md", "figures.md"])
+@pytest.mark.parametrize("name", ["spec.md", "tasks.md", "figures.md", "environment.md", "config.md"])
 def test_page_is_the_one_that_the_code_generates(name):
     """A table that somebody forgot to generate again would describe observations or tasks that are not there."""
     page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"][name]()
