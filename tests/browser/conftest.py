@@ -5,12 +5,77 @@ import os
 import shutil
 import sys
 from contextlib import ExitStack
+from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
+import torch
+from helpers import lively_policy, network, train
 from pages import SECONDS, served, wait_until
+from tiny import OPTIONS, TINY
+from torch import nn
+
+from rlsched import ScheduledOptimizer
+from rlsched.agents import TrainConfig
+from rlsched.agents import train as train_policy
+from rlsched.agents.tensorboard import BASE, LOG, RETURN, TUNED
+from rlsched.envs import MIXTURES, InnerTask
+from rlsched.experiments.compare.analysis import FINAL, Results, report
+from rlsched.experiments.compare.run import TENSORBOARD, Plan, compare
+from rlsched.experiments.compare.tasks import FixedSplit
+
+POINTS = torch.linspace(-1, 1, 60).view(20, 3), torch.arange(20) % 4
+STEPS = 24
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory):
+    """The folder of a training, and how its runs end."""
+    folder, end = tmp_path_factory.mktemp("training") / "demo", 4 * 32
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MIXTURES, "tiny", TINY)
+        # One update more than elsewhere: of two points of a curve, TensorBoard draws nothing if their values differ.
+        config = TrainConfig(**{**OPTIONS, "run_dir": str(folder), "timesteps": end})
+        train_policy(config)
+    ends = {LOG: ("train/value_loss", end), f"{LOG}/{BASE}": (RETURN, end), f"{LOG}/{TUNED}": (RETURN, end)}
+    return SimpleNamespace(folder=folder, ends=ends, config=config)
+
+
+@pytest.fixture(scope="session")
+def users(tmp_path_factory):
+    """The folder of a user's run with an intervention, and how it ends."""
+    folder, model = tmp_path_factory.mktemp("users"), network()
+    inner = torch.optim.AdamW(model.parameters(), 0.01)
+    optimizer = ScheduledOptimizer(
+        inner, total_steps=STEPS, decisions=8, policy=lively_policy(), log_dir=folder / "mine"
+    )
+    train(model, optimizer, range(10))
+    optimizer.observe_validation(1.0)
+    optimizer.zero_grad()
+    model[0].weight.grad = torch.full_like(model[0].weight, torch.nan)
+    optimizer.step(loss=torch.nan)
+    train(model, optimizer, range(11, STEPS))
+    assert optimizer.controller.interventions
+    return SimpleNamespace(
+        folder=folder,
+        ends={"mine": ("rlsched/lr", 22)},
+        interventions=optimizer.controller.interventions,
+    )
+
+
+@pytest.fixture(scope="session")
+def comparison(tmp_path_factory):
+    """The folder of a comparison, its results, and how its runs end."""
+    folder, steps = tmp_path_factory.mktemp("comparison") / "demo-compare", 6
+    task = InnerTask(lambda: nn.Linear(3, 4), FixedSplit(*POINTS, validation_points=8), batch_size=4)
+    compare(Plan({"points": task}, ("sgd", "adam"), (steps,), 2, (1.0,), (0.1, 1.0)), lively_policy(), folder)
+    report(folder)
+    results = Results(folder)
+    last = (f"{list(results.runs)[-1]}/{FINAL}", steps)
+    ends = {path.name: last for path in (folder / TENSORBOARD).iterdir()}
+    return SimpleNamespace(folder=folder, ends=ends, results=results)
 
 
 @pytest.fixture(scope="module")

@@ -2,80 +2,18 @@
 
 import re
 from shutil import copytree
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from helpers import lively_policy, network, train
 from pages import is_drawn, wait_until
-from tiny import OPTIONS, TINY
-from torch import nn
 
-from rlsched import ScheduledOptimizer
-from rlsched import tensorboard as user_log
-from rlsched.agents import TrainConfig
-from rlsched.agents import tensorboard as training_log
-from rlsched.agents import train as train_policy
-from rlsched.agents.tensorboard import BASE, LOG, METRICS, RETURN, TUNED
-from rlsched.envs import MIXTURES, InnerTask
-from rlsched.experiments.compare.analysis import FINAL, LOG_LOSS, Results, counted, report
-from rlsched.experiments.compare.run import TENSORBOARD, Plan, compare
-from rlsched.experiments.compare.tasks import FixedSplit
+from rlsched.agents.tensorboard import LAYOUT, LOG, METRICS, RETURN
+from rlsched.experiments.compare.analysis import FINAL, LOG_LOSS, counted
+from rlsched.experiments.compare.run import TENSORBOARD
 from rlsched.figures import FIGURES
+from rlsched.tensorboard import LAYOUT as USERS_LAYOUT
 
 expect = pytest.importorskip("playwright.sync_api").expect
-POINTS = torch.linspace(-1, 1, 60).view(20, 3), torch.arange(20) % 4
-STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    """The folder of a training, and how its runs end."""
-    folder, end = tmp_path_factory.mktemp("training") / "demo", 4 * 32
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MIXTURES, "tiny", TINY)
-        # One update more than elsewhere: of two points of a curve, TensorBoard draws nothing if their values differ.
-        config = TrainConfig(**{**OPTIONS, "run_dir": str(folder), "timesteps": end})
-        train_policy(config)
-    ends = {LOG: ("train/value_loss", end), f"{LOG}/{BASE}": (RETURN, end), f"{LOG}/{TUNED}": (RETURN, end)}
-    return SimpleNamespace(folder=folder, ends=ends, config=config)
-
-
-@pytest.fixture(scope="module")
-def users(tmp_path_factory):
-    """The folder of a user's run with an intervention, and how it ends."""
-    folder, model = tmp_path_factory.mktemp("users"), network()
-    inner = torch.optim.AdamW(model.parameters(), 0.01)
-    optimizer = ScheduledOptimizer(
-        inner, total_steps=STEPS, decisions=8, policy=lively_policy(), log_dir=folder / "mine"
-    )
-    train(model, optimizer, range(10))
-    optimizer.observe_validation(1.0)
-    optimizer.zero_grad()
-    model[0].weight.grad = torch.full_like(model[0].weight, torch.nan)
-    optimizer.step(loss=torch.nan)
-    train(model, optimizer, range(11, STEPS))
-    assert optimizer.controller.interventions
-    return SimpleNamespace(
-        folder=folder,
-        ends={"mine": ("rlsched/lr", 22)},
-        layout=user_log.LAYOUT,
-        interventions=optimizer.controller.interventions,
-    )
-
-
-@pytest.fixture(scope="module")
-def comparison(tmp_path_factory):
-    """The folder of a comparison, its results, and how its runs end."""
-    folder, steps = tmp_path_factory.mktemp("comparison") / "demo-compare", 6
-    task = InnerTask(lambda: nn.Linear(3, 4), FixedSplit(*POINTS, validation_points=8), batch_size=4)
-    compare(Plan({"points": task}, ("sgd", "adam"), (steps,), 2, (1.0,), (0.1, 1.0)), lively_policy(), folder)
-    report(folder)
-    results = Results(folder)
-    last = (f"{list(results.runs)[-1]}/{FINAL}", steps)
-    ends = {path.name: last for path in (folder / TENSORBOARD).iterdir()}
-    return SimpleNamespace(folder=folder, ends=ends, results=results)
 
 
 def assert_runs(page, names):
@@ -139,7 +77,7 @@ def test_training_tells_its_story(tensorboard, page, training):
     assert_first_chart(page, RETURN, sorted(training.ends))
 
     page.goto(f"{url}#custom_scalars")
-    assert_laid_out(page, training_log.LAYOUT)
+    assert_laid_out(page, LAYOUT)
 
     page.goto(f"{url}#hparams")
     given = training.config.hyperparameters()
@@ -168,7 +106,7 @@ def test_users_run_tells_its_story(tensorboard, page, users):
     assert_first_chart(page, min(FIGURES), users.ends)
 
     page.goto(f"{url}#custom_scalars")
-    assert_laid_out(page, users.layout)
+    assert_laid_out(page, USERS_LAYOUT)
 
     page.goto(f"{url}#text")
     cards = page.locator("tf-text-loader")
@@ -210,4 +148,4 @@ def test_logs_of_all_kinds_are_shown_side_by_side(tensorboard, page, training, u
     assert_runs(page, ends)
 
     page.goto(f"{url}#custom_scalars")
-    assert_laid_out(page, training_log.LAYOUT, users.layout)
+    assert_laid_out(page, LAYOUT, USERS_LAYOUT)
