@@ -49,7 +49,7 @@ LAYOUT = {
             "Multiline",
             [f"{RETURN}$"],
         ],
-        "regret: the return that is missing to tuned": ["Multiline", [f"{REGRET}$"]],
+        "gain over the base schedule, and regret: what is missing to tuned": ["Multiline", [f"{GAIN}$", f"{REGRET}$"]],
         "speed: timesteps per second": ["Multiline", [f"{SPEED}$"]],
     },
     "2 While it explores": {

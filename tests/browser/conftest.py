@@ -33,11 +33,10 @@ STEPS = 24
 @pytest.fixture(scope="session")
 def training(tmp_path_factory):
     """The folder of a training, and how its runs end."""
-    folder, end = tmp_path_factory.mktemp("training") / "demo", 4 * 32
+    folder, end = tmp_path_factory.mktemp("training") / "demo", OPTIONS["timesteps"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MIXTURES, "tiny", TINY)
-        # One update more than elsewhere: of two points of a curve, TensorBoard draws nothing if their values differ.
-        config = TrainConfig(**{**OPTIONS, "run_dir": str(folder), "timesteps": end})
+        config = TrainConfig(run_dir=str(folder), **OPTIONS)
         train_policy(config)
     ends = {LOG: ("train/value_loss", end), f"{LOG}/{BASE}": (RETURN, end), f"{LOG}/{TUNED}": (RETURN, end)}
     return SimpleNamespace(folder=folder, ends=ends, config=config)

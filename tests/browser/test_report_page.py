@@ -22,8 +22,10 @@ def test_report_is_drawn_without_a_network(page, training, users, comparison, tm
     for _, message in users.interventions:
         expect(page.get_by_text(message).first).to_be_visible()
     page.wait_for_function("window.Bokeh && Bokeh.documents.length && Bokeh.documents.every(shown => shown.is_idle)")
-    charts = page.locator("[data-root-id]")
-    assert charts.count() > 5
+    for summary in page.locator("summary").all():
+        summary.click()
+    charts = page.locator(".bk-Figure")
+    assert charts.count() > 10
     for chart in charts.all():
         wait_until(lambda chart=chart: is_drawn(chart))
     for picture in page.locator("img").all():
