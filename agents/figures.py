@@ -1,4 +1,4 @@
-"""Pictures of episodes for TensorBoard."""
+"""Pictures of evaluations for TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rlsched.agents.evaluation import Evaluation
 from rlsched.control import CONTROLS
@@ -23,6 +24,7 @@ ROWS = {
 LINEAR = {"momentum": (-0.03, 1.03)}  # the limits of what is not shown on a logarithmic axis
 POLICY_STYLE = {"color": "tab:red", "linewidth": 2.0}
 BASE_STYLE = {"color": "tab:blue", "linewidth": 1.5, "linestyle": "--"}
+TUNED_COLOR = "tab:green"
 
 
 def samples(families: Sequence[str], optimizers: Sequence[str], number: int = 4) -> list[int]:
@@ -84,6 +86,42 @@ def episode_picture(policy: Evaluation, zero: Evaluation, episode: int, called: 
     )
     axes[-1].set_xlabel("inner steps")
     figure.align_ylabels()
+    return figure
+
+
+def family_picture(
+    policy: NDArray[np.float64], zero: NDArray[np.float64], tuned: NDArray[np.float64], families: Sequence[str]
+) -> Figure:
+    """Mean returns in each family; on top, where the policy is the furthest below the tuned base schedule.
+
+    A mixture has up to dozens of families: as curves in one chart they could not be told apart.
+
+    Args:
+        policy, zero, tuned: returns of each episode, (episodes,).
+        families: of each episode.
+    """
+    from matplotlib.figure import Figure
+
+    def means(returns: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.array([returns[labels == name].mean() for name in known])
+
+    labels, known = np.array(families), np.array(list(dict.fromkeys(families)))
+    known = known[np.argsort(means(tuned - policy), kind="stable")]
+    width, height, rows = 4.4, 0.2 * len(known) + 1.2, np.arange(len(known))
+    figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((1.6 / width, 0.5 / height, 1 - 1.75 / width, 1 - 1.05 / height))
+    axis.hlines(rows, means(zero), means(tuned), color="lightgray", linewidth=3, zorder=0)
+    for returns, name, marker, color, size in (
+        (zero, "base schedule", "|", BASE_STYLE["color"], 9),
+        (tuned, "tuned", "|", TUNED_COLOR, 9),
+        (policy, "policy", "o", POLICY_STYLE["color"], 5),
+    ):
+        axis.plot(means(returns), rows, marker, color=color, label=name, markersize=size, markeredgewidth=2)
+    axis.set_yticks(rows, [str(name) for name in known], fontsize=8)
+    axis.set_ylim(-0.6, len(known) - 0.4)
+    axis.set_xlabel("return")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="upper center", bbox_to_anchor=(0.5, 1 - 0.05 / height), ncols=3, frameon=False, fontsize=9)
     return figure
 
 

@@ -19,7 +19,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from rlsched.agents.config import TrainConfig
 from rlsched.agents.evaluation import Evaluation, scores
-from rlsched.agents.figures import episode_picture, samples
+from rlsched.agents.figures import episode_picture, family_picture, samples
 
 Array = NDArray[np.float32] | NDArray[np.float64]
 
@@ -28,6 +28,7 @@ BASE, TUNED = "base_schedule", "tuned"  # runs below it
 
 # Tags are numbered in the order in which they are to be read, for TensorBoard sorts them.
 RETURN = "1 return/all episodes"
+BY_FAMILY = "1 return/by family"
 GAIN = "1 return/gain over base"
 REGRET = "1 return/regret to tuned"
 BETTER = "1 return/share better than base"
@@ -48,11 +49,11 @@ LAYOUT = {
             "Multiline",
             [f"{RETURN}$"],
         ],
-        "regret by family: the return that is missing to tuned": ["Multiline", [f"{REGRET_OF}/.*"]],
+        "gain over the base schedule, and regret: what is missing to tuned": ["Multiline", [f"{GAIN}$", f"{REGRET}$"]],
         "speed: timesteps per second": ["Multiline", [f"{SPEED}$"]],
     },
     "2 While it explores": {
-        "return by family": ["Multiline", [f"{ROLLOUT_FAMILY}/.*"]],
+        "return": ["Multiline", ["rollout/ep_rew_mean$"]],
         "return by optimizer": ["Multiline", [f"{ROLLOUT_OPTIMIZER}/.*"]],
         "standard deviation of the actions": ["Multiline", ["train/std$"]],
     },
@@ -68,6 +69,8 @@ LAYOUT = {
 MEANINGS = {
     f"`{RETURN}`": f"mean return of the policy (run `{LOG}`) and of both references. The policy should rise above "
     f"`{BASE}`, and come near `{TUNED}` or surpass it",
+    f"`{BY_FAMILY}`": "the same in each family of tasks, as a picture; on top, where the most is missing to "
+    f"`{TUNED}`. Click at it to see it in full size",
     f"`{GAIN}`": "return of the policy − return of the base schedule, mean",
     f"`{REGRET}`": f"return of `{TUNED}` − return of the policy, interquartile mean; below 0 the policy is better than "
     "tuning",
@@ -96,7 +99,8 @@ is compared with two references in these, which are runs of their own: so Tensor
 is what a user has who tunes the learning rate of each task.
 
 **Time Series** is numbered in the order in which to read it. **Custom Scalars** tells the story in three charts. \
-**HParams** has the configuration and the latest scores, to compare trainings by.
+**HParams** has the configuration and the latest scores, to compare trainings by; beside the log of a comparison \
+TensorBoard shows the columns of one of both, so give it a folder of trainings alone.
 """
 
 
@@ -142,6 +146,9 @@ class TrainingLog:
         found = scores(policy, zero, tuned)
         self.scalars({tag: found[name] for name, tag in SCORES.items()}, step)
         self.scalars(means(REGRET_OF, tuned - policy.returns, families), step)
+        if self.pictures:
+            picture = family_picture(policy.returns, zero.returns, tuned, families)
+            self.writers[LOG].add_figure(BY_FAMILY, picture, step)
         for rank, i in enumerate(samples(families, optimizers) if self.pictures else (), 1):
             called = f"{families[i]}, {optimizers[i]}"
             picture = episode_picture(policy, zero, i, called)

@@ -136,7 +136,7 @@ FIGURES: Mapping[str, Figure] = {
             of_run=True,
         ),
         Figure(
-            "rlsched/interventions",
+            "rlsched/safety_interventions",
             "what was done to keep the run alive, so far",
             lambda d: d.interventions,
             "interventions so far",

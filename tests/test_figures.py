@@ -106,7 +106,7 @@ def test_interventions_are_counted():
     model[0].weight.grad = torch.full_like(model[0].weight, math.nan)
     optimizer.step(loss=math.nan)
     train(model, optimizer, range(4, STEPS))
-    counts = [figures["rlsched/interventions"] for _, figures in heard]
+    counts = [figures["rlsched/safety_interventions"] for _, figures in heard]
     assert counts[1] == counts[0] + 1
     assert counts[-1] == len(optimizer.controller.interventions)
 

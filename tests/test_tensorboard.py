@@ -91,6 +91,7 @@ def test_folder_and_writer_get_the_same(tmp_path):
 
 def test_first_page_is_about_the_run():
     """Tags are sorted by name, and two dozen observations would come before the loss."""
+    assert min(FIGURES) == "rlsched/loss"
     groups = [name.partition("/")[0] for name in sorted(FIGURES)]
     assert list(dict.fromkeys(groups)) == ["rlsched", "rlsched_gradients", "rlsched_policy", "rlsched_seen"]
     assert groups.count("rlsched") <= 12, "which TensorBoard shows of a group at once"

@@ -14,12 +14,13 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from rlsched.agents import evaluate, train
 from rlsched.agents.evaluation import tuned
-from rlsched.agents.figures import samples
+from rlsched.agents.figures import family_picture, samples
 from rlsched.agents.tensorboard import (
     ABOUT,
     ACTIONS,
     BASE,
     BETTER,
+    BY_FAMILY,
     DIVERGED,
     EPISODES,
     FAMILY,
@@ -126,9 +127,10 @@ def test_histograms_hold_all_that_was_done_and_seen(runs, trained):
 def test_pictures_are_of_episodes_and_not_empty(runs):
     """An empty picture would be seen only by whoever waited for the training to end."""
     tags = [tag for tag in runs[LOG].Tags()["images"] if tag.startswith(f"{EPISODES}/")]
-    assert len(tags) == 3 == len(runs[LOG].Tags()["images"])  # as many as an evaluation has episodes
-    for tag in tags:
-        assert re.fullmatch(rf"{EPISODES}/\d task [01], [A-Za-z]+", tag)
+    assert len(tags) == 3  # as many as an evaluation has episodes
+    assert all(re.fullmatch(rf"{EPISODES}/\d task [01], [A-Za-z]+", tag) for tag in tags)
+    assert set(runs[LOG].Tags()["images"]) == {BY_FAMILY, *tags}
+    for tag in (BY_FAMILY, *tags):
         events = runs[LOG].Images(tag)
         assert [event.step for event in events] == EVALUATED
         pixels = np.asarray(Image.open(io.BytesIO(events[-1].encoded_image_string)).convert("L"))
@@ -154,7 +156,7 @@ def test_card_tells_the_configuration_and_how_to_read(runs, trained):
     for name, value in trained.config.hyperparameters().items():
         shown = ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
         assert f"| `{name}` | {shown} |" in text
-    for tag in (*METRICS, REGRET_OF, EPISODES, FAMILY, OPTIMIZER, ACTIONS, OBSERVATIONS, BASE, TUNED):
+    for tag in (*METRICS, BY_FAMILY, REGRET_OF, EPISODES, FAMILY, OPTIMIZER, ACTIONS, OBSERVATIONS, BASE, TUNED):
         assert f"`{tag}`" in text
 
 
@@ -189,6 +191,15 @@ def test_mean_of_each_label():
     """A mean over the episodes of another family would tell of the wrong one."""
     values, labels = np.array([1.0, 2.0, 4.0, 8.0]), ["a", "b", "a", "b"]
     assert means("x", values, labels) == {"x/a": 2.5, "x/b": 5.0}
+
+
+def test_picture_of_families_has_each_where_it_belongs():
+    """The family that is in need of training would stand under the name of another."""
+    policy, zero = np.array([1.0, 5.0, 2.0, 3.0]), np.array([0.0, 4.0, 0.0, 1.0])
+    axis = family_picture(policy, zero, np.array([4.0, 6.0, 6.0, 2.0]), ["a", "b", "a", "c"]).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["c", "b", "a"]  # from the bottom
+    shown = {line.get_label(): line.get_xdata().tolist() for line in axis.lines}
+    assert shown == {"policy": [3, 5, 1.5], "base schedule": [1, 4, 0], "tuned": [2, 6, 5]}
 
 
 def test_samples_come_from_all_over_the_mixture():
