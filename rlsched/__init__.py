@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rlsched.length import steps_of
     from rlsched.optimizer import Controller, ScheduledOptimizer, attach
     from rlsched.policy import SchedulePolicy
+    from rlsched.population import Population, attach_all
+    from rlsched.remote import RemotePolicy
     from rlsched.safety import DivergenceError
     from rlsched.verdict import Intervention
 
@@ -22,10 +24,13 @@ __all__ = [
     "DivergenceError",
     "FrozenSchedule",
     "Intervention",
+    "Population",
+    "RemotePolicy",
     "SchedulePolicy",
     "ScheduledOptimizer",
     "__version__",
     "attach",
+    "attach_all",
     "steps_of",
 ]
 
@@ -34,9 +39,12 @@ _HOMES = {
     "DivergenceError": "safety",
     "FrozenSchedule": "frozen",
     "Intervention": "verdict",
+    "Population": "population",
+    "RemotePolicy": "remote",
     "SchedulePolicy": "policy",
     "ScheduledOptimizer": "optimizer",
     "attach": "optimizer",
+    "attach_all": "population",
     "steps_of": "length",
 }
 

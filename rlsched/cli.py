@@ -24,6 +24,7 @@ EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard"), "train"),
     **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm"), "train"),
     "captum": "analysis",
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
 }
 
 
@@ -52,6 +53,7 @@ VERBS = {
         Verb("benchmark", "measure policies on a suite of tasks", "rlsched.experiments.benchmark.command"),
         Verb("export", "export a policy file from a training run", "rlsched.agents.commands.export", resumes=False),
         Verb("explain", "why a policy decides as it does", "rlsched.experiments.explain.command", resumes=False),
+        Verb("serve", "serve a policy to many training runs", "rlsched.agents.serving.command", resumes=False),
     )
 }
 

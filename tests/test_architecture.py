@@ -35,7 +35,19 @@ ALLOWED = {
         "summary",
         "validation",
     },
-    "agents": {"envs", "actors", "base_schedule", "control", "decisions", "domain", "files", "policy", "signals"},
+    "agents": {
+        "envs",
+        "actors",
+        "base_schedule",
+        "connection",
+        "control",
+        "decisions",
+        "domain",
+        "files",
+        "policy",
+        "remote",
+        "signals",
+    },
     "rlsched/integrations": {"checkpoint", "controller", "notices", "optimizer", "options"},
 }
 

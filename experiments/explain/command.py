@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> None:
     from rlsched.policy import SchedulePolicy
 
     policy = SchedulePolicy.load(options.policy)
+    if not isinstance(policy, SchedulePolicy):
+        raise ValueError(f"policy: {options.policy} serves decisions; to explain them takes the policy's file")
     make_folder(options.out)  # one that cannot be made is better known before the first episode
     decisions, source = _decisions(policy, options)
     print(explanation(policy, str(options.policy), decisions, source, show=True).publish(options.out))

@@ -1,0 +1,173 @@
+"""Jobs that ask a server for decisions, all at once, while it is there and while it is not."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from rlsched.experiments.table import markdown
+from rlsched.files import write
+from rlsched.remote import ABOUT, RemotePolicy
+
+STACK = 256 * 1024  # bytes of each job's thread
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a server.
+
+    Args:
+        jobs: at once.
+        pause: mean seconds from a job's decision to its next one; 0 for as fast as they come.
+        gone: seconds for which the server is gone, killed in the midst; 0 for never.
+    """
+
+    jobs: int
+    pause: float
+    gone: float = 0.0
+
+
+LOADS = (
+    Load(1, 0.0),
+    Load(100, 0.0),
+    Load(1000, 0.0),
+    Load(10, 1.0),
+    Load(100, 1.0),
+    Load(1000, 1.0),
+    Load(1000, 1.0, 10.0),
+)
+
+
+@contextmanager
+def server(policy: str, port: int, batch: int, wait: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`rlsched serve` as a process, and its address."""
+    options = ("--port", str(port), "--batch", str(batch), "--wait", str(wait))
+    command = [sys.executable, "-m", "rlsched", "serve", policy, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line.startswith("serving "):
+                raise ValueError(f"rlsched serve {policy} did not begin: {line}")
+            yield process, line.split(" at ")[1].strip()
+        finally:
+            process.kill()
+
+
+def measure(load: Load, policy: str, *, seconds: float, batch: int, wait: float) -> dict[str, Any]:
+    """What came of a load.
+
+    Args:
+        load: what is asked.
+        policy: that is served: a name or a file.
+        seconds: for which the jobs ask.
+        batch: runs in a batch at most.
+        wait: milliseconds that a batch waits.
+    """
+    with server(policy, 0, batch, wait) as (process, url), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        jobs = [Job(i, url, load.pause) for i in range(load.jobs)]
+        before = threading.stack_size(STACK)
+        for job in jobs:
+            job.thread.start()
+        threading.stack_size(before)
+        start = time.monotonic()
+        if load.gone:
+            time.sleep(seconds / 3)
+            process.kill()
+            process.wait()
+            time.sleep(load.gone)
+            with server(policy, int(url.rpartition(":")[2]), batch, wait):
+                return _ended(load, jobs, start, max(seconds / 3, 20.0))  # some wait for 16 seconds until they ask
+        return _ended(load, jobs, start, seconds)
+
+
+class Job:
+    """A training run, as far as the server sees it: a thread that asks for decisions."""
+
+    def __init__(self, number: int, url: str, pause: float) -> None:
+        self.policy = RemotePolicy(url)
+        self.took: list[float] = []  # seconds of each answer
+        self.asked = 0
+        self.came_back = False
+        self.is_over = threading.Event()
+        self.error: BaseException | None = None
+        self._pause, self._random = pause, np.random.default_rng(number)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        generator, missed = torch.Generator().manual_seed(int(self._random.integers(2**31))), 0
+        try:
+            self.is_over.wait(self._random.uniform(0, self._pause))
+            for self.asked in itertools.count(1):
+                observation = torch.rand(len(self.policy.observations), generator=generator)
+                start = time.perf_counter()
+                self.policy.act(observation)
+                if self.policy.missed == missed:
+                    self.took.append(time.perf_counter() - start)
+                    self.came_back = missed > 0
+                missed = self.policy.missed
+                if self.is_over.wait(self._random.uniform(0, 2 * self._pause)):
+                    return
+        except BaseException as error:
+            self.error = error
+
+
+def _ended(load: Load, jobs: list[Job], start: float, seconds: float) -> dict[str, Any]:
+    """The counts, after so many seconds more."""
+    time.sleep(seconds)
+    about = jobs[0].policy._server.exchange("GET", ABOUT)
+    for job in jobs:
+        job.is_over.set()
+    for job in jobs:
+        job.thread.join()
+    errors = [job.error for job in jobs if job.error is not None]
+    if errors:
+        raise errors[0]
+    took = 1e3 * np.concatenate([job.took for job in jobs])
+    asked, answered, missed = (
+        sum(counts) for counts in zip(*((j.asked, j.policy.answered, j.policy.missed) for j in jobs), strict=True)
+    )
+    return {
+        "jobs": load.jobs,
+        "pause": load.pause,
+        "gone": load.gone,
+        "asked": asked,
+        "answered": answered,
+        "missed": missed,
+        "rate": answered / (time.monotonic() - start),
+        "p50": float(np.quantile(took, 0.5)),
+        "p99": float(np.quantile(took, 0.99)),
+        "batch": about["decisions"] / max(1, about["batches"]),
+        "back": sum(job.came_back for job in jobs),
+    }
+
+
+def table(out: Path, policy: str, **options: Any) -> str:
+    """Measure all loads, write `table.md`, and return it."""
+    lines = []
+    for load in tqdm(LOADS, desc="loads", unit="load"):
+        row = measure(load, policy, **options)
+        lost = row["asked"] - row["answered"] - row["missed"]
+        pace = f"{row['pause']:g} s" if row["pause"] else "none"
+        gone = f"{row['gone']:g} s, {row['back']:,} jobs back" if row["gone"] else "–"
+        counts = [f"{row['asked']:,}", f"{row['answered']:,}", f"{row['missed']:,}", f"{lost:,}"]
+        figures = [f"{row['p50']:.3g}", f"{row['p99']:.3g}", f"{row['rate']:,.0f}", f"{row['batch']:.1f}"]
+        lines.append([f"{row['jobs']:,}", pace, gone, *figures, *counts])
+    head = ["jobs", "pause", "server gone", "p50, ms", "p99, ms", "decisions/s", "runs in a batch"]
+    text = markdown([*head, "asked", "by the server", "by the fallback", "lost"], lines, labels=3)
+    write(out / "table.md", f"{text}\n".encode())
+    return text
