@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlsched.frozen import FrozenSchedule
     from rlsched.length import steps_of
+    from rlsched.onnx_policy import OnnxPolicy
     from rlsched.optimizer import Controller, ScheduledOptimizer, attach
     from rlsched.policy import SchedulePolicy
     from rlsched.population import Population, attach_all
@@ -24,6 +25,7 @@ __all__ = [
     "DivergenceError",
     "FrozenSchedule",
     "Intervention",
+    "OnnxPolicy",
     "Population",
     "RemotePolicy",
     "SchedulePolicy",
@@ -39,6 +41,7 @@ _HOMES = {
     "DivergenceError": "safety",
     "FrozenSchedule": "frozen",
     "Intervention": "verdict",
+    "OnnxPolicy": "onnx_policy",
     "Population": "population",
     "RemotePolicy": "remote",
     "SchedulePolicy": "policy",

@@ -25,6 +25,8 @@ EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("scipy", "sklearn", "matplotlib", "tqdm"), "train"),
     "captum": "analysis",
     **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    "huggingface_hub": "hub",
 }
 
 
@@ -51,7 +53,13 @@ VERBS = {
         Verb("train", "train a scheduling policy", "rlsched.agents.commands.train"),
         Verb("compare", "compare a policy with other schedules", "rlsched.experiments.compare.command"),
         Verb("benchmark", "measure policies on a suite of tasks", "rlsched.experiments.benchmark.command"),
-        Verb("export", "export a policy file from a training run", "rlsched.agents.commands.export", resumes=False),
+        Verb(
+            "export",
+            "export a policy as a policy file, ONNX or TorchScript",
+            "rlsched.agents.commands.export",
+            resumes=False,
+        ),
+        Verb("compress", "smaller policies that do nearly the same", "rlsched.experiments.compress.command"),
         Verb("explain", "why a policy decides as it does", "rlsched.experiments.explain.command", resumes=False),
         Verb("serve", "serve a policy to many training runs", "rlsched.agents.serving.command", resumes=False),
     )

@@ -14,7 +14,8 @@ from torch.nn import Module
 
 from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.number import checked_count
-from rlsched.policy import Policy, SchedulePolicy, checked_names
+from rlsched.onnx_policy import load_policy
+from rlsched.policy import Policy, checked_names
 from rlsched.safety import ON_DIVERGENCE, ROLLBACK
 from rlsched.snapshots import FULL, SNAPSHOTS
 from rlsched.tensorboard import NEEDED
@@ -123,7 +124,7 @@ class ScheduleOptions:
 
     def loaded_policy(self) -> Policy:
         """The policy itself."""
-        return SchedulePolicy.load(self.policy) if isinstance(self.policy, str | Path) else self.policy
+        return load_policy(self.policy) if isinstance(self.policy, str | Path) else self.policy
 
 
 def _is_number(value: Any) -> bool:

@@ -20,11 +20,13 @@ from rlsched.connection import is_address
 from rlsched.control import CONTROLS
 from rlsched.domain import Domain, check_finite
 from rlsched.files import write
+from rlsched.hub import SCHEME, Shared, parts
 from rlsched.number import Number
 from rlsched.remote import RemotePolicy
 from rlsched.signals import OBSERVATIONS
 
 SUFFIX = ".safetensors"
+ONNX = ".onnx"
 VERSION = 2  # of the file; raised as well when an observation or a control keeps its name but changes its meaning
 # Keys of the file's metadata; safetensors keeps strings only, so `SPEC` and `INFO` are JSON.
 SPEC, INFO, DIGEST = "rlsched.spec", "rlsched.info", "rlsched.sha256"
@@ -66,7 +68,7 @@ class _Spec(NamedTuple):
     base_schedule: str
 
 
-class SchedulePolicy:
+class SchedulePolicy(Shared):
     """A deterministic scheduling policy: the actions of an actor, clipped to [−1, 1], as far as they are to be trusted.
 
     Args:
@@ -102,14 +104,12 @@ class SchedulePolicy:
                 f"actor takes {actor.inputs} observations and gives {actor.outputs} actions, for "
                 f"{len(self.observations)} observations and {len(self.controls)} controls"
             )
-        if not (isinstance(safe_start, int | float) and 0 <= safe_start <= 1):
-            raise ValueError(f"safe_start must be a number between 0 and 1, got {safe_start!r}")
         if info is not None and not isinstance(info, dict):
             raise ValueError(f"info must be a dict, got {type(info).__name__}")
         self.actor = actor.to("cpu", torch.float32).requires_grad_(False).eval()
         for name, tensor in self.actor.state_dict().items():
             check_finite(f"actor: {name}", tensor)
-        self.safe_start = bool(safe_start) if safe_start in (0, 1) else float(safe_start)
+        self.safe_start = checked_safe_start(safe_start)
         self.domain = None if domain is None else domain.checked(len(self.observations))
         self.base_schedule = named_base_schedule(base_schedule)
         self.info = info or {}
@@ -125,7 +125,7 @@ class SchedulePolicy:
         """Load a shipped policy by its name (see `available`), or a policy file by its path. No pickle is read.
 
         The address of a server (`rlsched serve`) gives a `rlsched.remote.RemotePolicy`, which decides as its policy
-        does, and has no actor.
+        does, and has no actor. "hf://user/name", or "hf://user/name@revision", is `from_pretrained`.
 
         Raises:
             FileNotFoundError: there is neither such a name nor such a file.
@@ -134,6 +134,9 @@ class SchedulePolicy:
         """
         if is_address(name_or_path):
             return RemotePolicy(str(name_or_path))  # type: ignore[return-value] # decides alike: see above
+        if str(name_or_path).startswith(SCHEME):
+            repo_id, revision = parts(str(name_or_path))
+            return cls.from_pretrained(repo_id, revision=revision)
         path = _resolve(name_or_path)
         try:
             with safe_open(path, framework="pt") as file:
@@ -148,7 +151,7 @@ class SchedulePolicy:
         if metadata[DIGEST] != _digest(tensors, metadata):
             raise PolicyFileError(f"{path} was altered after it was saved: its contents do not match its checksum")
         try:
-            spec, info = _fields(SPEC, metadata[SPEC]), _fields(INFO, metadata[INFO])
+            spec, info = fields_of(SPEC, metadata[SPEC]), fields_of(INFO, metadata[INFO])
             if spec.get("version") == VERSION:
                 return cls._of(spec, info, tensors)
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # RuntimeError: of `load_state_dict`
@@ -192,10 +195,14 @@ class SchedulePolicy:
         path = Path(path)
         if path.suffix != SUFFIX:
             raise ValueError(f"path must end in {SUFFIX}, got {str(path)!r}")
+        return write(path, self.content())  # save_file would make it unreadable for others
+
+    def content(self) -> bytes:
+        """Of its file."""
         metadata = {SPEC: json.dumps(self._spec()._asdict()), INFO: json.dumps(self.info)}
         tensors = self._tensors()
         metadata[DIGEST] = _digest(tensors, metadata)
-        return write(path, save(tensors, metadata))  # save_file would make it unreadable for others
+        return save(tensors, metadata)
 
     def begin(self, batch: tuple[int, ...] = ()) -> Memory:
         """What it remembers at the start of runs of shape `batch`."""
@@ -204,12 +211,17 @@ class SchedulePolicy:
     @torch.inference_mode()
     def act(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         """The action in [−1, 1], (*batch, controls), and the new memory, for observations (*batch, observations)."""
+        action, _, memory = self.decide(observation, memory)
+        return action, memory
+
+    def decide(self, observation: Tensor, memory: Memory = None) -> tuple[Tensor, Number, Memory]:
+        """The same with the influence between them, in plain operations of torch, as an exporter can follow them."""
         action, memory = self.actor(observation, memory)
         action = action.nan_to_num(nan=0.0).clamp(-1, 1)  # of weights whose products overflow
         influence = self.influence(observation)
         if isinstance(influence, Tensor):
-            return action * influence.unsqueeze(-1), memory
-        return (action if influence == 1 else action * influence), memory
+            return action * influence.unsqueeze(-1), influence, memory
+        return (action if influence == 1 else action * influence), influence, memory
 
     def influence(self, observation: Tensor) -> Number:
         """How far the actions are trusted, (*batch,), in [0, 1]: 1 where the policy was trained."""
@@ -264,7 +276,18 @@ def checked_names(argument: str, names: Sequence[str], known: Mapping[str, Any])
     return tuple(names)
 
 
-def _fields(what: str, text: str) -> dict[str, Any]:
+def checked_safe_start(value: Any) -> float:
+    """A `safe_start`; 0 and 1 as a bool, which is an int.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not (isinstance(value, int | float) and 0 <= value <= 1):
+        raise ValueError(f"safe_start must be a number between 0 and 1, got {value!r}")
+    return bool(value) if value in (0, 1) else float(value)
+
+
+def fields_of(what: str, text: str) -> dict[str, Any]:
     """Of an entry of the metadata.
 
     Raises:
@@ -300,6 +323,8 @@ def _resolve(name_or_path: str | Path) -> Path:
         if path.is_file():
             return path
         raise FileNotFoundError(f"policy: there is no file {str(path)!r}")
+    if path.suffix == ONNX:
+        raise ValueError(f"policy: {str(path)!r} is an ONNX file, which rlsched.OnnxPolicy.load reads")
     if str(name_or_path) in available():
         return Path(str(_shipped().joinpath(f"{name_or_path}{SUFFIX}")))
     raise FileNotFoundError(

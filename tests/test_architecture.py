@@ -44,6 +44,8 @@ ALLOWED = {
         "decisions",
         "domain",
         "files",
+        "formats",
+        "onnx_policy",
         "policy",
         "remote",
         "signals",

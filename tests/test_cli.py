@@ -138,7 +138,11 @@ def test_tasks_in_a_module_of_this_folder(tmp_path, monkeypatch, capsys):
         (["serve", "default", "--token", "two words"], "--token must be printable ASCII characters without spaces"),
         (["serve", "http://127.0.0.1:1"], "is a server already"),
         (["explain", "http://127.0.0.1:1"], "no server answers at http://127.0.0.1:1: Connection refused"),
-        (["export", "nowhere", "--out", "x.pt"], "--out must end in .safetensors, got 'x.pt'"),
+        (["export", "nowhere", "--out", "x.pt"], "nowhere"),
+        (["export", "nowhere", "--out", "x.txt"], "--out must end in .safetensors or .onnx or .pt, got 'x.txt'"),
+        (["export", "default", "--format", "onnx", "--out", "x.pt"], "--out must end in .onnx, got 'x.pt'"),
+        (["export", "default", "--format", "tf", "--out", "x.pt"], "--format must be one of ['safetensors', 'onnx'"),
+        (["export", "x.onnx", "--out", "x.pt"], "'x.onnx' is an ONNX file, which rlsched.OnnxPolicy.load reads"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_claims_no_folder(arguments, message, tmp_path, monkeypatch, capsys):

@@ -29,10 +29,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     parser.description = SERVE
     shipped = ", ".join(available()) or "none"
-    parser.add_argument("policy", help=f"policy file, or a shipped policy ({shipped})")
+    parser.add_argument("policy", help=f"policy file, ONNX file of a policy, or a shipped policy ({shipped})")
     parser.add_argument("--host", default="127.0.0.1", help="name or address to listen at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8765, help="0 for one that is free (default: %(default)s)")
     parser.add_argument("--token", help="that requests have to bring (default: the environment variable RLSCHED_TOKEN)")
+    parser.add_argument(
+        "--engine",
+        choices=["onnx", "torch"],
+        default="onnx",
+        help="what decides; for onnx a policy file is exported first, which takes seconds (default: %(default)s)",
+    )
     parser.add_argument("--batch", type=int, default=256, help="runs in a batch at most (default: %(default)s)")
     parser.add_argument(
         "--wait", type=float, default=2.0, help="milliseconds that a batch waits for more runs (default: %(default)g)"
@@ -52,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
     from rlsched.agents.serving.traces import Traces
     from rlsched.connection import TOKEN, is_address
     from rlsched.files import locked
+    from rlsched.onnx_policy import OnnxPolicy, load_policy
     from rlsched.policy import SchedulePolicy
 
     for name, value, at_least in (("batch", options.batch, 1), ("wait", options.wait, 0)):
@@ -64,15 +71,20 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--token must be printable ASCII characters without spaces")
     if is_address(options.policy):
         raise ValueError(f"policy: {options.policy} is a server already")
-    policy = SchedulePolicy.load(options.policy)
+    policy = load_policy(options.policy)
     with listen(options.host, options.port, has_token=token is not None) as listening:
         torch.set_num_threads(1)  # the networks are small: more cost more than they give
+        if isinstance(policy, SchedulePolicy) and options.engine == "onnx":
+            from rlsched.formats import onnx_bytes
+
+            policy = OnnxPolicy(onnx_bytes(policy), name=options.policy)
+        engine = policy if isinstance(policy, OnnxPolicy) else TorchEngine(policy)
         with locked(options.traces) if options.traces else nullcontext():
             limit = int(options.traces_limit * 1e6)
             traces = Traces(options.traces, limit, policy) if options.traces else None
             server = PolicyServer(
                 policy,
-                TorchEngine(policy),
+                engine,
                 most=options.batch,
                 wait=options.wait / 1e3,
                 token=token,
