@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from rlsched.connection import Connection
 from rlsched.experiments.table import markdown
 from rlsched.files import write
 from rlsched.remote import ABOUT, RemotePolicy
@@ -129,7 +130,7 @@ class Job:
 def _ended(load: Load, jobs: list[Job], start: float, seconds: float) -> dict[str, Any]:
     """The counts, after so many seconds more."""
     time.sleep(seconds)
-    about = jobs[0].policy._server.exchange("GET", ABOUT)
+    about = Connection(jobs[0].policy.url, None, 30.0).exchange("GET", ABOUT)
     for job in jobs:
         job.is_over.set()
     for job in jobs:
