@@ -121,7 +121,7 @@ def attach_all(optimizers: Iterable[Optimizer], **options: Unpack[Options]) -> P
         ValueError: an optimizer is refused, and then none is driven; or an option belongs to one run alone: `model`,
             `writer`.
     """
-    given = dict(options)
+    given: dict[str, Any] = dict(options)
     for name in ("model", "writer"):
         if given.get(name) is not None:
             raise ValueError(f"{name} is of one run: give Population the controllers of attach(…, {name}=…)")
@@ -129,7 +129,7 @@ def attach_all(optimizers: Iterable[Optimizer], **options: Unpack[Options]) -> P
     controllers: list[Controller] = []
     try:
         for i, optimizer in enumerate(optimizers):
-            own: Any = given if given.get("log_dir") is None else {**given, "log_dir": Path(given["log_dir"]) / str(i)}
+            own = given if given.get("log_dir") is None else {**given, "log_dir": Path(given["log_dir"]) / str(i)}
             controllers.append(attach(optimizer, **own))
         return Population(controllers)
     except BaseException:

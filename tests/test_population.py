@@ -1,5 +1,7 @@
 """Many runs under one policy, held against each of them alone."""
 
+import copy
+
 import pytest
 import torch
 from helpers import always, assert_same_weights, lively_policy, loss_at, network, train
@@ -123,7 +125,8 @@ def test_run_goes_on_by_its_own_state():
     population = attach_all(optimizers, total_steps=20, decisions=5, policy=policy)
     for step in range(9):
         population.step(losses_of(models, step))
-    saved = [(o.state_dict(), c.state_dict()) for o, c in zip(optimizers, population.controllers, strict=True)]
+    states = [(o.state_dict(), c.state_dict()) for o, c in zip(optimizers, population.controllers, strict=True)]
+    saved = copy.deepcopy(states)
     weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
     for step in range(9, 20):
         population.step(losses_of(models, step))

@@ -216,5 +216,7 @@ def _shape(given: Any, array: Array) -> str:
 
 def _refusal(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else None
+    headers = {"Connection": "close"}  # with what is left of the request
+    if error.status_code == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse({"error": error.detail}, error.status_code, headers)
