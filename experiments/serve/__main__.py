@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/serve"), help="folder (default: %(default)s)")
     parser.add_argument("--policy", default="default", help="name or file (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each load (default: %(default)g)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="for each load (default: %(default)g)")
     parser.add_argument("--batch", type=int, default=256, help="as of rlsched serve (default: %(default)s)")
     parser.add_argument("--wait", type=float, default=2.0, help="as of rlsched serve (default: %(default)g)")
     options = parser.parse_args(arguments)

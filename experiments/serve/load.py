@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
+import multiprocessing
+import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from rlsched.cli import main
 from rlsched.connection import Connection
 from rlsched.experiments.table import markdown
 from rlsched.files import write
+from rlsched.formats import FORMATS
+from rlsched.policy import SchedulePolicy
 from rlsched.remote import ABOUT, RemotePolicy
 
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported all: a server begins at once
+FORKS.set_forkserver_preload(["rlsched.agents.serving.server", "rlsched.cli"])
 STACK = 256 * 1024  # bytes of each job's thread
 
 
@@ -52,48 +58,57 @@ LOADS = (
 )
 
 
-@contextmanager
-def server(policy: str, port: int, batch: int, wait: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`rlsched serve` as a process, and its address."""
-    options = ("--port", str(port), "--batch", str(batch), "--wait", str(wait))
-    command = [sys.executable, "-m", "rlsched", "serve", policy, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            if not line.startswith("serving "):
-                raise ValueError(f"rlsched serve {policy} did not begin: {line}")
-            yield process, line.split(" at ")[1].strip()
-        finally:
-            process.kill()
+def server(policy: Path, port: int, batch: int, wait: float) -> ForkServerProcess:
+    """`rlsched serve` as a process, which serves when this returns."""
+    options = {"--port": port, "--batch": batch, "--wait": wait}
+    words = [str(word) for option in options.items() for word in option]
+    process = FORKS.Process(target=main, args=(["serve", str(policy), *words],))
+    process.start()
+    while process.is_alive():
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return process
+        time.sleep(0.02)
+    raise ValueError(f"rlsched serve {policy} did not begin")
 
 
-def measure(load: Load, policy: str, *, seconds: float, batch: int, wait: float) -> dict[str, Any]:
+def measure(load: Load, policy: Path, *, seconds: float, batch: int, wait: float) -> dict[str, Any]:
     """What came of a load.
 
     Args:
         load: what is asked.
-        policy: that is served: a name or a file.
+        policy: the file that is served.
         seconds: for which the jobs ask.
         batch: runs in a batch at most.
         wait: milliseconds that a batch waits.
     """
-    with server(policy, 0, batch, wait) as (process, url), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        jobs = [Job(i, url, load.pause) for i in range(load.jobs)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serving = server(policy, port, batch, wait)
+    try:
+        jobs = [Job(i, f"http://127.0.0.1:{port}", load.pause) for i in range(load.jobs)]
         before = threading.stack_size(STACK)
         for job in jobs:
             job.thread.start()
         threading.stack_size(before)
         start = time.monotonic()
         if load.gone:
-            time.sleep(seconds / 3)
-            process.kill()
-            process.wait()
+            time.sleep(seconds / 2)
+            serving.kill()
+            serving.join()
             time.sleep(load.gone)
-            with server(policy, int(url.rpartition(":")[2]), batch, wait):
-                return _ended(load, jobs, start, max(seconds / 3, 20.0))  # some wait for 16 seconds until they ask
-        return _ended(load, jobs, start, seconds)
+            serving = server(policy, port, batch, wait)
+            seconds = seconds / 2 + 20.0  # some wait for 16 seconds until they ask again
+        time.sleep(seconds)
+        about = Connection(jobs[0].policy.url, None, 60.0).exchange("GET", ABOUT)
+        took = time.monotonic() - start
+        for job in jobs:
+            job.is_over.set()
+        for job in jobs:
+            job.thread.join()
+    finally:
+        serving.kill()
+        serving.join()
+    return _counted(load, jobs, about, took)
 
 
 class Job:
@@ -127,14 +142,8 @@ class Job:
             self.error = error
 
 
-def _ended(load: Load, jobs: list[Job], start: float, seconds: float) -> dict[str, Any]:
-    """The counts, after so many seconds more."""
-    time.sleep(seconds)
-    about = Connection(jobs[0].policy.url, None, 30.0).exchange("GET", ABOUT)
-    for job in jobs:
-        job.is_over.set()
-    for job in jobs:
-        job.thread.join()
+def _counted(load: Load, jobs: list[Job], about: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """What came of it, as the jobs and the server tell."""
     errors = [job.error for job in jobs if job.error is not None]
     if errors:
         raise errors[0]
@@ -149,7 +158,7 @@ def _ended(load: Load, jobs: list[Job], start: float, seconds: float) -> dict[st
         "asked": asked,
         "answered": answered,
         "missed": missed,
-        "rate": answered / (time.monotonic() - start),
+        "rate": answered / seconds,
         "p50": float(np.quantile(took, 0.5)),
         "p99": float(np.quantile(took, 0.99)),
         "batch": about["decisions"] / max(1, about["batches"]),
@@ -160,8 +169,11 @@ def _ended(load: Load, jobs: list[Job], start: float, seconds: float) -> dict[st
 def table(out: Path, policy: str, **options: Any) -> str:
     """Measure all loads, write `table.md`, and return it."""
     lines = []
+    file = FORMATS["onnx"].save(SchedulePolicy.load(policy), out / "policy.onnx")  # once, and not at each start
     for load in tqdm(LOADS, desc="loads", unit="load"):
-        row = measure(load, policy, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the server is gone
+            row = measure(load, file, **options)
         lost = row["asked"] - row["answered"] - row["missed"]
         pace = f"{row['pause']:g} s" if row["pause"] else "none"
         gone = f"{row['gone']:g} s, {row['back']:,} jobs back" if row["gone"] else "–"
