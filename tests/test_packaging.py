@@ -19,7 +19,7 @@ FOLDERS = ("envs", "agents", "experiments")  # top-level folders that install in
 INSIDE = tuple(f"rlsched.{folder}" for folder in FOLDERS)
 EXTRAS = (
     *("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "matplotlib", "sklearn", "captum"),
-    *("lightning", "transformers", "accelerate"),
+    *("lightning", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "huggingface_hub"),
 )
 
 
