@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rlsched.onnx_policy import OnnxPolicy
     from rlsched.optimizer import Controller, ScheduledOptimizer, attach
     from rlsched.policy import SchedulePolicy
+    from rlsched.population import Population, attach_all
+    from rlsched.remote import RemotePolicy
     from rlsched.safety import DivergenceError
     from rlsched.verdict import Intervention
 
@@ -24,10 +26,13 @@ __all__ = [
     "FrozenSchedule",
     "Intervention",
     "OnnxPolicy",
+    "Population",
+    "RemotePolicy",
     "SchedulePolicy",
     "ScheduledOptimizer",
     "__version__",
     "attach",
+    "attach_all",
     "steps_of",
 ]
 
@@ -37,9 +42,12 @@ _HOMES = {
     "FrozenSchedule": "frozen",
     "Intervention": "verdict",
     "OnnxPolicy": "onnx_policy",
+    "Population": "population",
+    "RemotePolicy": "remote",
     "SchedulePolicy": "policy",
     "ScheduledOptimizer": "optimizer",
     "attach": "optimizer",
+    "attach_all": "population",
     "steps_of": "length",
 }
 

@@ -26,6 +26,7 @@ EXTRAS = {  # the extra that brings a package
     **dict.fromkeys(("captum", "bokeh"), "analysis"),
     "ray": "ray",
     "optuna": "tune",
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
     "huggingface_hub": "hub",
 }
@@ -59,6 +60,7 @@ VERBS = {
         Verb("compress", "smaller policies that do nearly the same", "rlsched.experiments.compress.command"),
         Verb("report", "one page from runs, to look at", "rlsched.experiments.report.command", resumes=False),
         Verb("explain", "why a policy decides as it does", "rlsched.experiments.explain.command", resumes=False),
+        Verb("serve", "serve a policy to many training runs", "rlsched.agents.serving.command", resumes=False),
     )
 }
 

@@ -27,7 +27,6 @@ from rlsched.tensorboard import RunLog
 from rlsched.training_run import TrainingRun
 from rlsched.traits import OWN_SCALE_TRUST
 from rlsched.validation import agreed, unseen
-from rlsched.verdict import Intervention
 from rlsched.weights import KeptWeights
 
 if TYPE_CHECKING:
@@ -67,6 +66,7 @@ class Controller(TrainingRun):
         proposals: the hyperparameters of each group by control, as last decided, or where all groups have one state, of
             the first group alone; `proposal` is the first of them.
         skipped: calls of step without any gradient.
+        is_prepared: whether a `Population` has prepared the step to come.
     """
 
     @shows_options()
@@ -74,7 +74,8 @@ class Controller(TrainingRun):
         self.options = given = ScheduleOptions(**options)
         self.optimizer = optimizer
         self.policy = given.loaded_policy()
-        self.log = RunLog(given.log_dir, given.writer)
+        self.log = RunLog(given.log_dir, given.writer, getattr(self.policy, "trace", None))
+        self.is_prepared = False
         self._halves = HalfPrecision()
         self._warned: set[str] = set()
         self._handles: list[RemovableHandle] = []
@@ -140,16 +141,6 @@ class Controller(TrainingRun):
         """The same of each group that has a state of its own."""
         return [self.groups.equivalent_lr(i, state, self._decay()) for i, state in enumerate(self.states)]
 
-    @property
-    def proposal(self) -> dict[str, float]:
-        """The first of the proposals; empty before there is one."""
-        return self.proposals[0] if self.proposals else {}
-
-    @property
-    def interventions(self) -> list[Intervention]:
-        """What was done to keep the run alive, (step, message) each."""
-        return list(self.guard.state.interventions)
-
     # --- What a training loop calls ---------------------------------------------------------------------------------
 
     def observe(self, loss: Tensor | float) -> None:
@@ -159,6 +150,11 @@ class Controller(TrainingRun):
     @torch.compiler.disable
     def prepare_step(self, loss: Tensor | float | None = None) -> None:
         """Measure the gradients, clip them, and set the hyperparameters of the step to come."""
+        if not self.is_prepared:
+            per_group.alone(self.policy, self.preparing(loss))
+
+    def preparing(self, loss: Tensor | float | None) -> per_group.Deciding[None]:
+        """The same in two halves, between which the policy is asked."""
         self.kept.refuse_to_train()
         if loss is not None:
             self.meter.report(loss)
@@ -180,7 +176,7 @@ class Controller(TrainingRun):
             message = f"losses are quotients, of {self.meter.parts} backward passes: multiplied by {self.meter.parts}"
             self.guard.intervene(self.step_count, message, kind="loss", level=logging.INFO)
         if schedule.is_decision_due(self.run, self.state):
-            self._decide(whole_loss)
+            yield from self._decide(whole_loss)
         state, restored_at = self.state, self.guard.state.restored_at
         if state.step == 0 and (state.probing or self.guard.keeps_snapshots):
             self.guard.take_snapshot(self.states)
@@ -221,7 +217,7 @@ class Controller(TrainingRun):
 
     # --- Deciding ---------------------------------------------------------------------------------------------------
 
-    def _decide(self, loss: Number | None) -> None:
+    def _decide(self, loss: Number | None) -> per_group.Deciding[None]:
         run = self.run = self.length.measured(self.run, self.step_count)
         before, guard, groups = self.states, self.guard, self.groups
         windows = self.meter.windows(self.step_count - self.state.window_start)
@@ -249,7 +245,7 @@ class Controller(TrainingRun):
         moving = [self._moving]
         if self.options.per_group:
             moving = [tuple(n for n in self._moving if CONTROLS[n].can_move(base[n])) for base in groups.bases]
-        decisions = per_group.decide(self.policy, run, before, summaries, self.validation, moving)
+        decisions = yield from per_group.decide(self.policy, run, before, summaries, self.validation, moving)
         states = [decision.state for decision in decisions]
         if guard.moves_lr:
             whose = [f"group {name}: " for name in groups.names] if self.options.per_group else [""]
@@ -264,8 +260,7 @@ class Controller(TrainingRun):
         base_lrs = [groups.lr_of_base_schedule(i, self._decay()) for i in range(len(states))]
         proposed = [{**groups.decided[i], LR.name: groups.lr(i, base_lr)} for i, base_lr in enumerate(base_lrs)]
         self.proposals = [{name: values[name] for name in self.policy.controls} for values in proposed]
-        if self.log.decisions is not None:
-            self.log.decisions.add(self, summary, decisions)
+        self.log.record(self, summary, decisions)
         if self.log.is_heard:
             told = figures_of(self, summaries, summary, decisions, base_lrs, self._written)
             self.log.decision(self.step_count, told)

@@ -67,29 +67,46 @@ class DecisionLog:
                 raise ValueError(f"log_dir: {self.path} is not a file of decisions of a scheduled run: move it away")
 
     def add(self, run: Controller, window: Summary, decisions: Sequence[Decision]) -> None:
-        """Write down what was decided at one step.
-
-        Args:
-            run: the controller, after the decision.
-            window: what was measured.
-            decisions: of each group, or of all.
+        """Write down what was decided at one step; see `rows` for the arguments.
 
         Raises:
             OSError: it cannot be written; the file is as it was.
         """
-        policy, loss, steps = run.policy, exp(window.loss), (run.step_count, run.run.total_steps)
-        rows = []
+        self.write(run.policy.digest, rows(run, window, decisions))
+
+    def write(self, policy: str, decisions: Sequence[Mapping[str, Any]]) -> None:
+        """Write down decisions as `rows` has them, of the policy with this digest.
+
+        Raises:
+            OSError: it cannot be written; the file is as it was.
+        """
+        lines = [*([] if self._has_begun else [dict(zip(HEAD, (VERSION, policy), strict=True))]), *decisions]
         if not self._has_begun:
             make_folder(self.path.parent)
             end_last_line(self.path)
-            rows.append(dict(zip(HEAD, (VERSION, policy.digest), strict=True)))
-        names = run.groups.names if run.options.per_group else [""]
-        for name, (seen, actions, _), proposed in zip(names, decisions, run.proposals, strict=True):
-            observation = dict(zip(policy.observations, seen.tolist(), strict=True))
-            influence = float(policy.influence(seen)) if hasattr(policy, "influence") else 1.0
-            rows.append(_row(Recorded(*steps, name, loss, observation, actions, influence, proposed)))
-        append(self.path, b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows))
+        append(self.path, b"".join(json.dumps(line, allow_nan=False).encode() + b"\n" for line in lines))
         self._has_begun = True
+
+    def close(self) -> None:
+        """The run is over: the file has all of it already."""
+
+
+def rows(run: Controller, window: Summary, decisions: Sequence[Decision]) -> list[dict[str, Any]]:
+    """What was decided at one step, as JSON has it: a `Recorded` for each group, or for all.
+
+    Args:
+        run: the controller, after the decision.
+        window: what was measured.
+        decisions: of each group, or of all.
+    """
+    policy, loss, steps = run.policy, exp(window.loss), (run.step_count, run.run.total_steps)
+    names = run.groups.names if run.options.per_group else [""]
+    told = []
+    for name, (seen, actions, _), proposed in zip(names, decisions, run.proposals, strict=True):
+        observation = dict(zip(policy.observations, seen.tolist(), strict=True))
+        influence = float(policy.influence(seen)) if hasattr(policy, "influence") else 1.0
+        told.append(_row(Recorded(*steps, name, loss, observation, actions, influence, proposed)))
+    return told
 
 
 def read(folder: str | Path) -> RecordedRun:
@@ -123,7 +140,7 @@ def read(folder: str | Path) -> RecordedRun:
                 continue
             if policy is None:
                 raise ValueError("no line before it says of which policy")
-            decision = _decision(row)
+            decision = decision_of(row)
         except _OtherVersionError as error:
             raise ValueError(
                 f"{path} is of version {error} of this file, this rlsched reads version {VERSION}: use the rlsched "
@@ -147,6 +164,26 @@ def read(folder: str | Path) -> RecordedRun:
     return RecordedRun(policies.pop(), {name: [d for d, _ in decisions] for name, decisions in groups.items()})
 
 
+def decision_of(row: Mapping[str, Any]) -> Recorded:
+    """A decision as `rows` has it.
+
+    Raises:
+        ValueError, TypeError, AttributeError: it is none.
+    """
+    if row.keys() != set(Recorded._fields):
+        raise ValueError(f"it must have {Recorded._fields}, it has {tuple(row)}")
+    step, total_steps, group = row["step"], row["total_steps"], row["group"]
+    if not (isinstance(step, int) and isinstance(total_steps, int) and 0 <= step <= total_steps > 0):
+        raise ValueError(f"step must be a number of steps, at most total_steps, got {step!r} of {total_steps!r}")
+    if not isinstance(group, str):
+        raise ValueError(f"group must be a name, got {group!r}")
+    observation, action, proposed = (
+        {name: _number(value) for name, value in row[key].items()} for key in ("observation", "action", "proposed")
+    )
+    loss, influence = _number(row["loss"]), _number(row["influence"])
+    return Recorded(step, total_steps, group, loss, observation, action, influence, proposed)
+
+
 class _OtherVersionError(Exception):
     """A head of another version."""
 
@@ -162,21 +199,6 @@ def _shown(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     return value
-
-
-def _decision(row: dict[str, Any]) -> Recorded:
-    if row.keys() != set(Recorded._fields):
-        raise ValueError(f"it must have {Recorded._fields}, it has {tuple(row)}")
-    step, total_steps, group = row["step"], row["total_steps"], row["group"]
-    if not (isinstance(step, int) and isinstance(total_steps, int) and 0 <= step <= total_steps > 0):
-        raise ValueError(f"step must be a number of steps, at most total_steps, got {step!r} of {total_steps!r}")
-    if not isinstance(group, str):
-        raise ValueError(f"group must be a name, got {group!r}")
-    observation, action, proposed = (
-        {name: _number(value) for name, value in row[key].items()} for key in ("observation", "action", "proposed")
-    )
-    loss, influence = _number(row["loss"]), _number(row["influence"])
-    return Recorded(step, total_steps, group, loss, observation, action, influence, proposed)
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -9,8 +9,8 @@ summed over all ranks is that of the whole model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,32 @@ from torch import distributed as dist
 
 from rlsched.number import Number
 
+T = TypeVar("T")
+
 
 def ranks() -> int:
     """The number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    return ranks() == 1 or dist.get_rank() == 0
+
+
+def of_first_rank(compute: Callable[[], T]) -> T:
+    """What the first rank computes, or the error that it raises, on all ranks, which all have to call this."""
+    if ranks() == 1:
+        return compute()
+    found: list[Any] = [None, None]
+    if is_first_rank():
+        try:
+            found[0] = compute()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def is_sharded(tensor: Tensor) -> bool:

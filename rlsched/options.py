@@ -118,8 +118,8 @@ class ScheduleOptions:
         object.__setattr__(self, "controls", tuple(name for name in CONTROL_NAMES if name in chosen))
         if not isinstance(self.policy, str | Path | Policy):
             raise TypeError(
-                "policy must be the name of a shipped policy, the path of a policy file, or a policy object "
-                f"(rlsched.policy.Policy), got {type(self.policy).__name__}"
+                "policy must be the name of a shipped policy, the path of a policy file, the address of a server, or a "
+                f"policy object (rlsched.policy.Policy), got {type(self.policy).__name__}"
             )
 
     def loaded_policy(self) -> Policy:

@@ -1,13 +1,17 @@
 """The control states of a run: one for all parameter groups of an optimizer, or one for each, decided in one call.
 
 To the core a group is a run of its own, which has the clock and the loss in common with the others.
+
+Where the policy is asked, a decision is in two halves, with that between them: it is a generator, which yields what is
+to be decided and is sent what was. So one call can be for all groups of a run, and for many runs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Generator, Hashable, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +26,9 @@ from rlsched.signals import Run, joined
 from rlsched.summary import Summary
 from rlsched.validation import Validation
 
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
 
 class Decision(NamedTuple):
     """What was decided for one group, or for all."""
@@ -29,6 +36,17 @@ class Decision(NamedTuple):
     observation: Tensor  # (observations,)
     actions: dict[str, float]  # of the policy, by control
     state: ScheduleState  # that they have led to
+
+
+class Asked(NamedTuple):
+    """What is to be decided, of each state."""
+
+    observations: list[Tensor]  # (observations,) each
+    memories: list[Memory]
+
+
+Acted = list[tuple[Tensor, Memory]]  # the action (controls,) and the new memory, of each state
+Deciding = Generator[Asked, Acted, T]  # asks once, or not at all
 
 
 def begin(run: Run, bases: Sequence[Mapping[str, Number]], policy: Policy, *, probing: float) -> list[ScheduleState]:
@@ -69,11 +87,11 @@ def decide(
     windows: Sequence[Summary],
     validation: Validation,
     moving: Sequence[Collection[str]],
-) -> list[Decision]:
+) -> Deciding[list[Decision]]:
     """What the policy makes of a window, of each state.
 
     Args:
-        policy: decides for all of them in one call.
+        policy: which will be asked for all of them.
         run: the run's constants.
         states: that held in the window.
         windows: what was measured under each of them.
@@ -84,7 +102,7 @@ def decide(
         schedule.observe(run, state, window, policy.observations, validation)
         for state, window in zip(states, windows, strict=True)
     ]
-    acted = _acted(policy, [seen for seen, _ in seen_by_each], [state.memory for state in states])
+    acted = yield Asked([seen for seen, _ in seen_by_each], [state.memory for state in states])
     is_still = [math.isnan(window.grad_norm) for window in windows]
     decisions = []
     for i, ((seen, state), (action, memory)) in enumerate(zip(seen_by_each, acted, strict=True)):
@@ -105,7 +123,47 @@ def _memory(policy: Policy, groups: int) -> Memory:
     return memory
 
 
-def _acted(policy: Policy, observations: list[Tensor], memories: list[Memory]) -> list[tuple[Tensor, Memory]]:
+def together(policy: Policy, work: Mapping[K, Deciding[T]]) -> dict[K, T | Exception]:
+    """Do several runs' work, with one call of the policy for all that ask.
+
+    Returns:
+        What came of each. The others go on where one of them raises.
+    """
+    results: dict[K, T | Exception] = {}
+    asked: dict[K, Asked] = {}
+
+    def go_on(key: K, acted: Acted | None) -> None:
+        try:
+            asked[key] = next(work[key]) if acted is None else work[key].send(acted)
+        except StopIteration as end:
+            results[key] = end.value
+        except Exception as error:
+            results[key] = error
+
+    for key in work:
+        go_on(key, None)
+    while asked:
+        now, asked = asked, {}
+        observations, memories = (list(chain(*parts)) for parts in zip(*now.values(), strict=True))
+        acted = iter(_acted(policy, Asked(observations, memories)))
+        for key, part in now.items():
+            go_on(key, [next(acted) for _ in part.observations])
+    return results
+
+
+def alone(policy: Policy, work: Deciding[T]) -> T:
+    """Do one run's work."""
+    try:
+        asked = next(work)
+        while True:
+            asked = work.send(_acted(policy, asked))
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+def _acted(policy: Policy, asked: Asked) -> Acted:
+    observations, memories = asked
     if len(observations) == 1:
         return [policy.act(observations[0], memories[0])]
     remembered = None if memories[0] is None else torch.stack(memories)

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from rlsched.actors import Actor, Memory, Perceptron, actor
 from rlsched.base_schedule import BaseSchedule, named_base_schedule
+from rlsched.connection import is_address
 from rlsched.control import CONTROLS
 from rlsched.domain import Domain, check_finite
 from rlsched.files import write
 from rlsched.hub import SCHEME, Shared, parts
 from rlsched.number import Number
+from rlsched.remote import RemotePolicy
 from rlsched.signals import OBSERVATIONS
 
 SUFFIX = ".safetensors"
@@ -122,12 +124,16 @@ class SchedulePolicy(Shared):
     def load(cls, name_or_path: str | Path) -> SchedulePolicy:
         """Load a shipped policy by its name (see `available`), or a policy file by its path. No pickle is read.
 
-        "hf://user/name", or "hf://user/name@revision", is `from_pretrained`.
+        The address of a server (`rlsched serve`) gives a `rlsched.remote.RemotePolicy`, which decides as its policy
+        does, and has no actor. "hf://user/name", or "hf://user/name@revision", is `from_pretrained`.
 
         Raises:
             FileNotFoundError: there is neither such a name nor such a file.
             PolicyFileError: the file is truncated, was altered, is malformed, or needs what this rlsched does not have.
+            ConnectionError, ValueError: as of a `RemotePolicy`.
         """
+        if is_address(name_or_path):
+            return RemotePolicy(str(name_or_path))  # type: ignore[return-value] # decides alike: see above
         if str(name_or_path).startswith(SCHEME):
             repo_id, revision = parts(str(name_or_path))
             return cls.from_pretrained(repo_id, revision=revision)
@@ -322,7 +328,8 @@ def _resolve(name_or_path: str | Path) -> Path:
     if str(name_or_path) in available():
         return Path(str(_shipped().joinpath(f"{name_or_path}{SUFFIX}")))
     raise FileNotFoundError(
-        f"policy: {str(name_or_path)!r} is neither a {SUFFIX} file nor one of the shipped policies {available()}"
+        f"policy: {str(name_or_path)!r} is neither a {SUFFIX} file, nor one of the shipped policies {available()}, "
+        "nor the http:// address of a server"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,11 @@ from rlsched.figures import FIGURES, INTERVENTION, POLICY_CHARTS, VALIDATION_LOS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
+
+    from rlsched.controller import Controller
+    from rlsched.per_group import Decision
+    from rlsched.remote import RemoteTrace
+    from rlsched.summary import Summary
 
 Listener = Callable[[int, Mapping[str, float]], Any]  # of a decision: inner steps done, and its figures
 NEEDED = ("add_scalar", "add_text", "add_custom_scalars", "flush")  # methods of a writer
@@ -39,14 +44,20 @@ class RunLog:
         log_dir: folder of the event file; a writer is made for it, which needs the `tensorboard` package. Beside it
             lies the file of decisions that `rlsched explain --run` reads.
         writer: a `SummaryWriter` to write to instead.
+        trace: of a policy that may have its runs report (`rlsched.remote.RemotePolicy.trace`).
 
     Attributes:
         writer: of TensorBoard, or None.
-        decisions: the file of decisions, or None.
+        records: who is told of each decision in full: the file of decisions, the trace.
         listeners: are called at each decision; neither copied nor pickled, like the others.
     """
 
-    def __init__(self, log_dir: str | Path | None = None, writer: SummaryWriter | None = None) -> None:
+    def __init__(
+        self,
+        log_dir: str | Path | None = None,
+        writer: SummaryWriter | None = None,
+        trace: Callable[[], RemoteTrace | None] | None = None,
+    ) -> None:
         if log_dir is not None and writer is not None:
             raise ValueError("give log_dir or writer, not both")
         if log_dir is not None:
@@ -56,7 +67,9 @@ class RunLog:
                 raise ImportError("log_dir needs TensorBoard: pip install 'rlsched[tensorboard]'") from error
             writer = SummaryWriter(str(log_dir))
         self.writer: SummaryWriter | None = None
-        self.decisions = None if log_dir is None else DecisionLog(log_dir)
+        self.records: list[DecisionLog | RemoteTrace] = [] if log_dir is None else [DecisionLog(log_dir)]
+        if trace is not None and (own := trace()) is not None:
+            self.records.append(own)
         self.listeners: list[Listener] = []
         if writer is not None:
             self.write_to(writer)
@@ -88,9 +101,16 @@ class RunLog:
         if self.writer is not None:
             self.writer.add_text(INTERVENTION, message, step)
 
+    def record(self, run: Controller, window: Summary, decisions: Sequence[Decision]) -> None:
+        """A decision in full, as `rlsched.decisions.rows` takes it."""
+        for record in self.records:
+            record.add(run, window, decisions)
+
     def close(self) -> None:
+        for record in self.records:
+            record.close()
         if self.writer is not None:
             self.writer.flush()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"writer": None, "decisions": None, "listeners": []}  # an open file is neither copied nor pickled
+        return {"writer": None, "records": [], "listeners": []}  # an open file is neither copied nor pickled

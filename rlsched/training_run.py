@@ -23,6 +23,7 @@ from rlsched.schedule import ScheduleState
 from rlsched.signals import Run
 from rlsched.tensorboard import RunLog
 from rlsched.validation import Validation, validated
+from rlsched.verdict import Intervention
 from rlsched.weights import KeptWeights
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class TrainingRun(ABC):
     windows: list[Window]
     validation: Validation
     kept: KeptWeights
+    proposals: list[dict[str, float]]
     skipped: int
     _moving: tuple[str, ...]
     _has_resumed: bool
@@ -82,6 +84,16 @@ class TrainingRun(ABC):
     def total_steps(self) -> int | None:
         """Inner steps in the run; None while nobody knows."""
         return self.length.total_steps
+
+    @property
+    def proposal(self) -> dict[str, float]:
+        """The first of the proposals; empty before there is one."""
+        return self.proposals[0] if self.proposals else {}
+
+    @property
+    def interventions(self) -> list[Intervention]:
+        """What was done to keep the run alive: (step, message) each."""
+        return list(self.guard.state.interventions)
 
     # --- Length -----------------------------------------------------------------------------------------------------
 

@@ -131,6 +131,13 @@ def test_tasks_in_a_module_of_this_folder(tmp_path, monkeypatch, capsys):
         (["compare", "--tasks", "mnist"], "--data"),
         (["compare", "--tasks", "mnist", "--data", "nowhere"], "nowhere"),
         (["export", "nowhere", "--out", "x.safetensors"], "nowhere"),
+        (["serve", "nobody"], "nobody"),
+        (["serve", "default", "--port", "70000"], "--port must be between 0 and 65535, got 70000"),
+        (["serve", "default", "--host", "0.0.0.0"], "--host 0.0.0.0 can be reached from other machines: give a token"),
+        (["serve", "default", "--wait", "-1"], "--wait must be at least 0 and finite, got -1.0"),
+        (["serve", "default", "--token", "two words"], "--token must be printable ASCII characters without spaces"),
+        (["serve", "http://127.0.0.1:1"], "is a server already"),
+        (["explain", "http://127.0.0.1:1"], "no server answers at http://127.0.0.1:1: Connection refused"),
         (["export", "nowhere", "--out", "x.pt"], "nowhere"),
         (["export", "nowhere", "--out", "x.txt"], "--out must end in .safetensors or .onnx or .pt, got 'x.txt'"),
         (["export", "default", "--format", "onnx", "--out", "x.pt"], "--out must end in .onnx, got 'x.pt'"),
@@ -197,7 +204,7 @@ def test_full_disk_is_one_clear_line(tmp_path, monkeypatch, capsys):
     assert "Traceback" not in said and "Exception in thread" not in said
 
 
-@pytest.mark.parametrize("verb", ["train", "compare", "benchmark", "export", "explain"])
+@pytest.mark.parametrize("verb", ["train", "compare", "benchmark", "export", "explain", "serve"])
 def test_help_has_examples(verb, capsys):
     """Somebody who asks for help wants a line to copy."""
     with pytest.raises(SystemExit) as end:

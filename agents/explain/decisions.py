@@ -114,7 +114,8 @@ def of_runs(policy: SchedulePolicy, folders: Sequence[str | Path]) -> Decisions:
                 f"{folder} is a run of another policy, sha256={run.policy[:12]}; the one to explain has "
                 f"sha256={policy.digest[:12]}"
             )
-        for group, decisions in run.groups.items():
+        for group, all_decisions in run.groups.items():
+            decisions = [each for each in all_decisions if each.influence > 0]  # 0: the server of the policy was gone
             recorded += decisions
             name = f"{folder}, {group}" if group else str(folder)
             steps = np.array([decision.step for decision in decisions])

@@ -12,6 +12,7 @@ import torch
 from rlsched.cli import exit_code
 from rlsched.experiments.cost.analysis import report
 from rlsched.experiments.cost.loops import NETWORKS
+from rlsched.experiments.cost.population import population_table
 from rlsched.experiments.cost.run import measure
 
 QUICK = tuple(NETWORKS)[:1]  # networks
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="three rounds of the smallest network, to see that it works"
     )
+    parser.add_argument(
+        "--population", action="store_true", help="instead: a decision in a population beside as many single ones"
+    )
     options = parser.parse_args(arguments)
     networks = QUICK if options.quick else tuple(options.networks)
 
@@ -44,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads < 1:
             raise ValueError(f"threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+        if options.population:
+            print(population_table(options.out))
+            return
         measure(options.out, networks, seconds=0.0 if options.quick else options.seconds)
         print(report(options.out))
 

@@ -54,6 +54,8 @@ def run(options: argparse.Namespace) -> None:
     from rlsched.policy import SchedulePolicy
 
     policy = SchedulePolicy.load(options.policy)
+    if not isinstance(policy, SchedulePolicy):
+        raise ValueError(f"policy: {options.policy} serves decisions; to explain them takes the policy's file")
     folder = options.tensorboard or (beside(options.runs) if options.runs else None)
     for path in (options.out, folder):  # one that cannot be made is better known before the first episode
         if path is not None and path not in (options.runs or ()):
