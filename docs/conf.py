@@ -29,6 +29,12 @@ from rlsched.signals import OBSERVATION_NAMES  # noqa: E402
 
 about = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = about["urls"]["Repository"]
+INCLUDE = re.compile(r"```{include} (\S+)\.md\n")
+INCLUDED = {  # what is no page by itself, and the page that includes it
+    str((DOCS / included[1]).resolve()): page.stem
+    for page in DOCS.glob("*.md")
+    if (included := INCLUDE.match(page.read_text(encoding="utf-8")))
+}
 
 project = about["name"]
 author = about["authors"][0]["name"]
@@ -96,6 +102,7 @@ def link_to_repository(app: Sphinx, doctree: nodes.document) -> None:
     included = [Path(app.env.srcdir, path).parent for path in app.env.included.get(app.env.docname, ())]
     for node in [*doctree.findall(addnodes.download_reference), *doctree.findall(addnodes.pending_xref)]:
         if node.get("reftype") != "myst" or node.get("refdomain") == "doc":
+            node["reftarget"] = INCLUDED.get(node["reftarget"], node["reftarget"])
             continue
         target, _, place = node["reftarget"].partition("#")
         places = [Path(os.path.normpath(folder / target)) for folder in (page, ROOT, *included)]

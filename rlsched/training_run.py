@@ -92,7 +92,7 @@ class TrainingRun(ABC):
 
     @property
     def interventions(self) -> list[Intervention]:
-        """What was done to keep the run alive: (step, message) each."""
+        """What was done to keep the run alive, (step, message) each."""
         return list(self.guard.state.interventions)
 
     # --- Length -----------------------------------------------------------------------------------------------------
