@@ -32,7 +32,7 @@ COMMANDS = sorted(
         for command in re.findall(r"^ *((?:\.venv/bin/)?rlsched .*)", block, re.MULTILINE)
     }
 )
-OTHERS = {"--logdir", "--version"}  # of TensorBoard, and of the command itself
+OTHERS = {"--logdir", "--version", "--head"}  # of TensorBoard, of the command itself, and of Ray
 LINK = re.compile(r"\]\((?!http)([^)# ]*)(?:#([^) ]+))?(?: \".*?\")?\)")
 
 
