@@ -96,8 +96,7 @@ def test_map_has_every_room_and_no_other():
 @pytest.mark.parametrize("room", CORE)
 def test_room_imports_what_the_map_draws(room):
     """An arrow that nobody has seen makes a room depend on another, and soon the two are one with nine jobs."""
-    lazy = room != "cli"  # which reads folders when a verb asks for them
-    assert rooms(CORE[room], lazy) == drawn()[room], "docs/architecture.md draws other arrows"
+    assert rooms(CORE[room]) == drawn()[room], "docs/architecture.md draws other arrows"
 
 
 def test_arrows_of_the_map_point_down():
@@ -126,8 +125,7 @@ def test_no_modules_import_each_other_in_a_circle():
 @pytest.mark.parametrize("room", CORE)
 def test_core_reaches_up_to_nothing(room):
     """A training loop that only uses a frozen policy would need Gymnasium, or not import at all."""
-    lazy = room != "cli"  # which reads folders when a verb asks for them
-    assert rooms(CORE[room], lazy).isdisjoint({*FOLDERS, "integrations"})
+    assert rooms(CORE[room]).isdisjoint({*FOLDERS, "integrations"})
 
 
 @pytest.mark.parametrize("folder", ALLOWED)

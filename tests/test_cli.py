@@ -1,5 +1,6 @@
 """The `rlsched` command."""
 
+import importlib
 import os
 import resource
 import signal
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 import rlsched
 from rlsched import SchedulePolicy
 from rlsched.agents.exporting import CHECKPOINT
-from rlsched.cli import main
+from rlsched.cli import VERBS, main
 from rlsched.envs import SetupDistribution
 from rlsched.envs.mixtures import classifier
 from rlsched.envs.sources import TeacherStudent
@@ -27,7 +28,7 @@ TASK = classifier(SOURCE, (8,), batch_size=8, interval=4, setup=SetupDistributio
 SIZES = {"num-envs": 8, "n-steps": 4, "batch-size": 16, "timesteps": 64, "processes": 1, "eval-episodes": 4}
 TINY = ["--tasks", f"{__name__}:TASK", *(word for name, value in SIZES.items() for word in (f"--{name}", str(value)))]
 
-VERBS = "{train,compare,benchmark,export,explain}"
+CHOICES = "{" + ",".join(VERBS) + "}"
 
 BROKEN = """
 import torch
@@ -150,8 +151,8 @@ def test_wrong_input_is_one_clear_line_and_claims_no_folder(arguments, message, 
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], f"rlsched: error: the following arguments are required: {VERBS} (see rlsched --help)"),
-    (["tune"], f"rlsched: error: argument {VERBS}: invalid choice: 'tune'"),
+    ([], f"rlsched: error: the following arguments are required: {CHOICES} (see rlsched --help)"),
+    (["tun"], f"rlsched: error: argument {CHOICES}: invalid choice: 'tun'"),
     (["train", "--timesteps", "1e6"], "rlsched train: error: argument --timesteps: invalid int value: '1e6'"),
     (["compare", "--steps", "nan"], "rlsched compare: error: argument --steps: invalid int value: 'nan'"),
     (["export", "runs/mine"], "rlsched export: error: the following arguments are required: --out"),
@@ -209,7 +210,7 @@ def test_interrupt_is_no_traceback(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlsched.cli._train", interrupt)
+    monkeypatch.setattr("rlsched.agents.commands.train.run", interrupt)
     assert main(["train"]) == 130
     assert "same command" in capsys.readouterr().err
 
@@ -222,7 +223,7 @@ def test_termination_is_an_interrupt(monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
-    monkeypatch.setattr("rlsched.cli._export", terminate)
+    monkeypatch.setattr("rlsched.agents.commands.export.run", terminate)
     assert main(["export", "run", "--out", "x.safetensors"]) == 143
     assert "same command" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
@@ -327,6 +328,15 @@ def test_interrupted_work_is_not_said_to_be_kept_where_it_is_not(verb, said, mon
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"rlsched.cli._{verb}", interrupt)
+    monkeypatch.setattr(f"{VERBS[verb].module}.run", interrupt)
     assert main([verb, *(["default"] if verb == "explain" else [])]) == 130
     assert capsys.readouterr().err.strip() == f"interrupted: the same command {said}"
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_verb_says_what_it_needs(verb):
+    """Ctrl-C while torch is imported, by the verb itself, can abort the process with a dump of C++ frames."""
+    command = importlib.import_module(verb.module)
+    for name in command.NEEDS:
+        importlib.import_module(name)
+    assert callable(command.add_options) and callable(command.run)

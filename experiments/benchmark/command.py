@@ -10,10 +10,12 @@ import torch
 
 from rlsched.experiments.benchmark.analysis import report
 from rlsched.experiments.benchmark.methods import BASELINES, ablations
-from rlsched.experiments.benchmark.run import BASE_LRS, Plan, run
+from rlsched.experiments.benchmark.run import BASE_LRS, Plan
+from rlsched.experiments.benchmark.run import run as run_plan
 from rlsched.experiments.benchmark.tasks import SUITES
 from rlsched.policy import SchedulePolicy
 
+NEEDS = ()  # its options say what there is
 DESCRIPTION = f"""\
 Measure policies on a suite of tasks, each from five base learning rates, against cosine whose learning rate is tuned
 for each task, and against other baselines. Choose between policies on --suite development, which takes minutes; run
@@ -56,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, default=2, help="of one thread each (default: 2)")
 
 
-def benchmark(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Do what is missing, and report.
 
     Raises:
@@ -74,5 +76,5 @@ def benchmark(options: argparse.Namespace) -> None:
     for name, why in plan.skipped.items():
         print(f"skipped: {name}, {why}", file=sys.stderr)
     torch.set_num_threads(1)
-    run(plan, policies, out, options.processes)
+    run_plan(plan, policies, out, options.processes)
     print(f"{report(out)}\n\neverything is in {out}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rlsched.agents.config import COUNT, SEED
 
+NEEDS = ("torch", "rlsched.agents.evaluation", "rlsched.experiments.explain.explanation")
 EXPLAIN = """\
 Why a policy decides as it does: what each action owes to each observation (integrated gradients), how it follows each
 of them (response curves), what matters when in a run, and rules that say nearly the same, with how nearly. Of
@@ -39,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/explain"), help="(default: runs/explain)")
 
 
-def explain(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Explain as the options say, write it down, and print the story."""
     from rlsched.experiments.explain.explanation import explanation
     from rlsched.files import make_folder

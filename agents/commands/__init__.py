@@ -1,0 +1,1 @@
+"""The verbs of the command that are of training: a module each."""
