@@ -191,7 +191,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         times = [f"{took:,.0f}" for took in row.microseconds] or ["–"] * len(BATCHES)
         size = f"{row.size / 1000:.1f}" if row.size else "–"
-        lost = "–" if row.name == POLICY else f"{row.lost:+.3f} ± {row.error:.3f}"
+        lost = "–" if row.name == POLICY else f"{row.lost:+.3f} ± {row.error:.3f}".replace("-", "−")
         cells.append([row.name, f"`{row.file}`" if row.file else "–", size, *times, f"{row.score:.3f}", lost])
     return markdown(head, cells, labels=2)
 
