@@ -159,9 +159,9 @@ def test_policy_sees_moves_and_modulates_what_was_asked_for(make_config, monkeyp
     config = make_config(timesteps=32, base_schedule=base_schedule, **asked)
     made = []
 
-    def recorded(config, num_envs, **options):
+    def recorded(config, transport, num_envs, **options):
         made.append(options)
-        return _vector_env(config, num_envs, **options)
+        return _vector_env(config, transport, num_envs, **options)
 
     monkeypatch.setattr("rlsched.agents.ppo._vector_env", recorded)
     policy = train(config)
@@ -186,7 +186,7 @@ def test_scores_are_those_of_the_policy_with_its_domain(make_config, monkeypatch
 
     monkeypatch.setattr("rlsched.agents.callbacks.evaluate", recorded)
     policy = train(make_config())
-    _, *explored, final = played  # the first is the zero policy
+    *explored, final = played
     assert len(explored) == 3 and all(explorer.domain is None for explorer in explored)
     assert final.digest == policy.digest and policy.domain is not None
     assert policy.info["evaluation"]["return"] == pytest.approx(evaluate_again(policy, make_config()), abs=1e-3)
