@@ -26,7 +26,7 @@ from rlsched.agents import PRESETS, TrainConfig, train
 DOCS = Path(__file__).resolve().parent
 PICTURES = DOCS / "pictures"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SIZE = {"width": 1280, "height": 900}
+SIZE = {"width": 1400, "height": 900}
 COLORS = 128  # of a picture, so that it stays small
 SECONDS = 300  # that a page may take on a busy machine
 
@@ -46,7 +46,7 @@ def main(folder: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport=SIZE)
-        for name, logs in (("training", "training-run"), ("run", "runs/mine")):
+        for name, logs in (("training", "training-run"), ("run", "runs")):
             with tensorboard(logs) as address:
                 views(page, address, name)
         browser.close()
@@ -82,13 +82,14 @@ def tensorboard(logs: str) -> Iterator[str]:
 
 def views(page: Page, address: str, name: str) -> None:
     """The tabs that a reader opens first."""
-    for tab, seen in {"custom_scalars": "svg, canvas", "images": "img", "text": "table"}.items():
-        if tab == "images" and name == "run":
-            continue  # it logs none
+    tabs = {"custom_scalars": "svg, canvas", "text": "table"}
+    if name == "training":
+        tabs |= {"timeseries": "card-view", "images": "img", "hparams": "text=Hyperparameters"}
+    for tab, seen in tabs.items():
         page.goto("about:blank")
         page.goto(f"{address}#{tab}")
         page.locator(seen).locator("visible=true").first.wait_for(timeout=1000 * SECONDS)
-        page.wait_for_timeout(15_000)  # for what is drawn when it has been loaded
+        page.wait_for_timeout(30_000)  # for what is drawn when it has been loaded
         save(Image.open(io.BytesIO(page.screenshot())), f"{name}-{tab.replace('_', '-')}")
 
 
