@@ -186,7 +186,7 @@ def test_scores_are_those_of_the_policy_with_its_domain(make_config, monkeypatch
 
     monkeypatch.setattr("rlsched.agents.callbacks.evaluate", recorded)
     policy = train(make_config())
-    _, *explored, final = played  # the first is the zero policy
+    *explored, final = played
     assert len(explored) == 3 and all(explorer.domain is None for explorer in explored)
     assert final.digest == policy.digest and policy.domain is not None
     assert policy.info["evaluation"]["return"] == pytest.approx(evaluate_again(policy, make_config()), abs=1e-3)
