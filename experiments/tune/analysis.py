@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, NullLocator
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
@@ -86,7 +86,7 @@ class Report:
         """All trials as Markdown, the best first."""
         names = list(self.study.plan.space.searched)
         head = ["trial", "ended", self.objective, "in other episodes", "of its timesteps", *names]
-        return markdown(head, [self._row(trial, names) for trial in self._order()])
+        return markdown(head, [self._row(trial, names) for trial in self._order()], labels=2)
 
     def story(self) -> str:
         """The best trials, and what became of the others, for a screen."""
@@ -95,7 +95,7 @@ class Report:
         counted = [
             f"{states.count(state)} {word}"
             for state, word in (
-                (TrialState.COMPLETE, "trained to their end"),
+                (TrialState.COMPLETE, "trained to the end"),
                 (TrialState.PRUNED, "pruned"),
                 (TrialState.FAIL, "failed"),
             )
@@ -206,11 +206,8 @@ def slices(study: Study) -> Figure:
     for axis, (name, distribution) in zip(grid.flat, distributions.items(), strict=False):
         if isinstance(distribution, CategoricalDistribution):
             axis.set_xticks(range(len(distribution.choices)), [str(choice) for choice in distribution.choices])
-        elif getattr(distribution, "log", False):
-            axis.set_xscale("log")
-            ticks = np.geomspace(distribution.low, distribution.high, 3)  # type: ignore[attr-defined]
-            axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
-            axis.xaxis.set_minor_locator(NullLocator())
+        elif isinstance(distribution, FloatDistribution | IntDistribution):
+            _show_range(axis, distribution.low, distribution.high, distribution.log)
         for state, (colour, marker, label) in MARKS.items():
             some = [t for t in study.trials if t.state == state and _value(t) is not None]
             places = [_place(distribution, trial.params[name]) for trial in some]
@@ -222,6 +219,20 @@ def slices(study: Study) -> Figure:
         axis.set_ylabel(study.plan.objective)
     grid[0, 0].legend(fontsize="x-small")
     return figure
+
+
+def _show_range(axis: Axes, low: float, high: float, log: bool) -> None:
+    """All of a range, with labels that have room."""
+    if not log:
+        margin = 0.05 * (high - low)
+        axis.set_xlim(low - margin, high + margin)
+        return
+    axis.set_xscale("log")
+    margin = (high / low) ** 0.05
+    axis.set_xlim(low / margin, high * margin)
+    ticks = np.geomspace(low, high, 3)
+    axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def _importance(found: dict[str, float], objective: str) -> Figure:

@@ -112,7 +112,7 @@ def test_tune_and_train_work_on_each_others_output(tmp_path, capsys, monkeypatch
     command += ["--trials", "2", "--out", str(out)]
     assert main(command) == 0
     printed, said = capsys.readouterr()
-    assert "2 trials: 2 trained to their end" in printed and f"rlsched train --preset {out / 'best.toml'}" in printed
+    assert "2 trials: 2 trained to the end" in printed and f"rlsched train --preset {out / 'best.toml'}" in printed
     assert "trial 0: regret " in said and "trial 1: regret " in said
     for name in ("best.toml", "table.md", "history.png", "settings.png"):
         assert str(out / name) in printed and (out / name).exists()
