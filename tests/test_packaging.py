@@ -20,6 +20,7 @@ INSIDE = tuple(f"rlsched.{folder}" for folder in FOLDERS)
 EXTRAS = (
     *("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "matplotlib", "sklearn", "captum"),
     *("lightning", "transformers", "accelerate", "onnx", "onnxscript", "onnxruntime", "huggingface_hub"),
+    *("starlette", "uvicorn"),
 )
 
 
