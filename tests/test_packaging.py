@@ -25,6 +25,7 @@ EXTRAS = (
     *("gymnasium", "stable_baselines3", "sb3_contrib", "tensorboard", "matplotlib", "sklearn", "captum", "bokeh"),
     *("lightning", "transformers", "accelerate", "ray", "optuna"),
     *("onnx", "onnxscript", "onnxruntime", "huggingface_hub"),
+    *("starlette", "uvicorn"),
 )
 
 
