@@ -81,8 +81,8 @@ html_theme_options = {
 
 def set_title(app: Sphinx, page: str, source: list[str]) -> None:
     """A study's table is a file of its own, which says nothing of where it is."""
-    if page.endswith("/table"):
-        source[0] = f"# {' – '.join(Path(page).parts[1:-1])}\n\n{source[0]}"
+    if page.startswith("results/"):
+        source[0] = f"# {' – '.join(Path(page.removesuffix('/table')).parts[1:])}\n\n{source[0]}"
 
 
 def fill_contents(app: Sphinx, page: str, source: list[str]) -> None:
