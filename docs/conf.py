@@ -29,12 +29,6 @@ from rlsched.signals import OBSERVATION_NAMES  # noqa: E402
 
 about = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY = about["urls"]["Repository"]
-INCLUDE = re.compile(r"```{include} (\S+)\.md\n")
-INCLUDED = {  # what is no page by itself, and the page that includes it
-    str((DOCS / included[1]).resolve()): page.stem
-    for page in DOCS.glob("*.md")
-    if (included := INCLUDE.match(page.read_text(encoding="utf-8")))
-}
 
 project = about["name"]
 author = about["authors"][0]["name"]
@@ -93,6 +87,14 @@ def fill_contents(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = re.sub(r"^…\n", "".join(f"{name}\n" for name in others), source[0], flags=re.MULTILINE)
 
 
+# Files of other folders that are pages as well, by their paths.
+INCLUDED = {
+    Path(os.path.normpath(DOCS / include[1])): page.stem
+    for page in DOCS.glob("*.md")
+    if (include := re.match(r"```\{include\} (\S+)", page.read_text(encoding="utf-8")))
+}
+
+
 def link_to_repository(app: Sphinx, doctree: nodes.document) -> None:
     """What is no page is in the repository: sources, tests, folders, files of results.
 
@@ -101,10 +103,16 @@ def link_to_repository(app: Sphinx, doctree: nodes.document) -> None:
     page = Path(app.env.doc2path(app.env.docname)).parent
     included = [Path(app.env.srcdir, path).parent for path in app.env.included.get(app.env.docname, ())]
     for node in [*doctree.findall(addnodes.download_reference), *doctree.findall(addnodes.pending_xref)]:
-        if node.get("reftype") != "myst" or node.get("refdomain") == "doc":
-            node["reftarget"] = INCLUDED.get(node["reftarget"], node["reftarget"])
+        if node.get("reftype") != "myst":
             continue
         target, _, place = node["reftarget"].partition("#")
+        if node.get("refdomain") == "doc":
+            if not target.startswith("/"):
+                continue  # a page
+            target, place = f"{target}.md", node["reftargetid"] or ""
+            if Path(target) in INCLUDED:
+                node["reftarget"] = INCLUDED[Path(target)]
+                continue
         places = [Path(os.path.normpath(folder / target)) for folder in (page, ROOT, *included)]
         found = next((path for path in places if target and path.exists()), None)
         if found is not None:
