@@ -74,8 +74,8 @@ def test_block_of_the_readme_runs(block, tmp_path):
 def test_page_runs_from_top_to_bottom(page, folder):
     """Whoever copies a page block by block must not end in a traceback half-way.
 
-    A block that begins with a comment such as `# train_mine.py` is in a file of that name. Blocks in `py`, not `python`,
-    ask the network, and are not run.
+    A block that begins with a comment such as `# train_mine.py` is in a file of that name. Blocks in `py`, not
+    `python`, ask the network, and are not run.
     """
     shown = blocks(page)
     if page in BEGINS_WITH:
