@@ -1,4 +1,4 @@
-"""Take the pictures of the site: a training and a user's run in TensorBoard, an explanation, a frame of an episode.
+"""Take the pictures of the site: a training and a user's run in TensorBoard and in a report, an explanation, a frame.
 
     python docs/pictures.py [FOLDER]
 
@@ -49,6 +49,7 @@ def main(folder: Path) -> None:
         for name, logs in (("training", "training-run"), ("run", "runs")):
             with tensorboard(logs) as address:
                 views(page, address, name)
+        report(page)
         browser.close()
 
 
@@ -91,6 +92,16 @@ def views(page: Page, address: str, name: str) -> None:
         page.locator(seen).locator("visible=true").first.wait_for(timeout=1000 * SECONDS)
         page.wait_for_timeout(30_000)  # for what is drawn when it has been loaded
         save(Image.open(io.BytesIO(page.screenshot())), f"{name}-{tab.replace('_', '-')}")
+
+
+def report(page: Page) -> None:
+    """The page of a run and a training."""
+    if cli.main(["report", "runs/mine", "training-run", "--out", "report.html"]):
+        raise SystemExit("there is no report of the runs")
+    page.goto(Path("report.html").absolute().as_uri())
+    page.locator(".bk-Figure").first.wait_for(timeout=1000 * SECONDS)
+    page.wait_for_timeout(10_000)
+    save(Image.open(io.BytesIO(page.screenshot())), "report")
 
 
 def save(picture: Image.Image, name: str) -> None:

@@ -32,7 +32,7 @@ COMMANDS = sorted(
         for command in re.findall(r"^ *((?:\.venv/bin/)?rlsched .*)", block, re.MULTILINE)
     }
 )
-OTHERS = {"--logdir", "--version", "--head"}  # of TensorBoard, of the command itself, and of Ray
+OTHERS = {"--logdir", "--version", "--head", "--population"}  # of TensorBoard, the command itself, Ray, and a study
 LINK = re.compile(r"\]\((?!http)([^)# ]*)(?:#([^) ]+))?(?: \".*?\")?\)")
 
 
