@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from rlsched.experiments.journal import Journal, Row
+from rlsched.experiments.quiet import quiet
 
 Job = TypeVar("Job")
 
@@ -39,7 +40,7 @@ def do(
             pool = stack.enter_context(get_context("spawn").Pool(processes, _begin_worker))  # ends with this block
             rows: Iterable[Row] = pool.imap(perform, jobs)
         else:
-            stack.enter_context(_quiet())
+            stack.enter_context(_silent())
             rows = map(perform, jobs)
         for row in tqdm(rows, total=len(jobs), desc=doing, unit="run"):
             journal.add(row)
@@ -52,17 +53,11 @@ def check(processes: int) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silent() -> Iterator[None]:
     """Inside, nothing is said of what is done to keep a run alive: that is in the results."""
-    logger = logging.getLogger("rlsched")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "rlsched: ")
-            yield
-    finally:
-        logger.setLevel(before)
+    with quiet("rlsched", logging.CRITICAL), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "rlsched: ")
+        yield
 
 
 _FOR_LIFE = ExitStack()  # of a worker
@@ -71,4 +66,4 @@ _FOR_LIFE = ExitStack()  # of a worker
 def _begin_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # is for the parent, which ends this process
-    _FOR_LIFE.enter_context(_quiet())
+    _FOR_LIFE.enter_context(_silent())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import (
     TENSORS,
     EventAccumulator,
 )
+
+from rlsched.experiments.quiet import quiet
 
 FILES = "*tfevents*"
 ALL, LAST = 0, 1  # of a tag's values
@@ -60,7 +60,7 @@ def read_log(folder: Path) -> Log:
     files = sorted(path for path in folder.glob(FILES) if path.is_file())
     for path in files:
         path.open("rb").close()  # what may not be read is told by the system
-    with _quiet():
+    with quiet("tensorboard"):
         events = EventAccumulator(str(folder), size_guidance=WANTED).Reload()
     tags = events.Tags()
     scalars = {}
@@ -109,15 +109,3 @@ def noted(read: Callable[[], Read]) -> tuple[Read, list[str]]:
         warnings.simplefilter("always")
         found = read()
     return found, [f"{warning.message}." for warning in caught]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, TensorBoard says nothing of what it makes of a log."""
-    logger = logging.getLogger("tensorboard")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

@@ -8,6 +8,7 @@ checkpoint lies.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rlsched.agents.config import COUNT, SEED, TrainConfig, differences
+from rlsched.experiments.quiet import quiet
 from rlsched.experiments.tune.space import Space
 from rlsched.files import end_last_line, write
 
@@ -169,7 +171,7 @@ class Study:
         _check(out, plan.identity())
         write(out / STUDY, f"{json.dumps(plan.identity(), indent=2)}\n".encode())
         end_last_line(out / JOURNAL)
-        with _quiet():
+        with _silent():
             storage = JournalStorage(JournalFileBackend(str(out / JOURNAL), lock_obj=_Held(str(out / JOURNAL))))
             self.optuna = optuna.create_study(
                 storage=storage,
@@ -195,7 +197,7 @@ class Study:
         if not self._left and len(self.trials) >= self.plan.number:
             return None
         number = self._left[0].number if self._left else len(self.trials)
-        with _quiet():
+        with _silent():
             self.optuna.sampler = self.plan.make_sampler(number)
             trial = Trial(self.optuna, self._left.pop(0)._trial_id) if self._left else self.optuna.ask()
             for name, distribution in self.plan.space.distributions().items():
@@ -282,13 +284,8 @@ def _check(out: Path, now: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _silent() -> Iterator[None]:
     """Inside, Optuna says nothing of what it does, nor that a part of it is young."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            yield
-    finally:
-        optuna.logging.set_verbosity(before)
+    with quiet("optuna", logging.WARNING), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
