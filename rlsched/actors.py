@@ -57,18 +57,23 @@ class Actor(nn.Module, ABC):
         """Actions (*batch, outputs), not clipped, and the new memory, for observations (*batch, inputs)."""
 
     @classmethod
-    @abstractmethod
     def policy_options(cls, hidden: Sequence[int], activation: str) -> dict[str, Any]:
-        """The `policy_kwargs` of the learner's model, with a critic of the same widths."""
+        """The `policy_kwargs` of the learner's model, with a critic of the same widths.
+
+        Raises:
+            TypeError: no algorithm trains such an actor; this is so unless a kind of actor says otherwise.
+        """
+        raise TypeError(f"no algorithm trains a {cls.name}")
 
     @classmethod
-    @abstractmethod
     def trained(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The actor's own state, from the state of the learner's policy.
 
         Raises:
             ValueError: it is not the state of such a policy.
+            TypeError: no algorithm trains such an actor.
         """
+        raise TypeError(f"no algorithm trains a {cls.name}")
 
 
 class Perceptron(Actor):

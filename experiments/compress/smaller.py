@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -130,14 +130,6 @@ class Tree(Actor):
             seen = observation.gather(-1, feature[node].unsqueeze(-1)).squeeze(-1)
             node = torch.where(seen <= threshold[node], left[node], right[node])
         return value[node], None
-
-    @classmethod
-    def policy_options(cls, hidden: Sequence[int], activation: str) -> dict[str, Any]:
-        raise NotImplementedError("no algorithm trains a tree")
-
-    @classmethod
-    def trained(cls, weights: Any) -> dict[str, Tensor]:
-        raise NotImplementedError("no algorithm trains a tree")
 
 
 def tree(policy: SchedulePolicy, decisions: Decisions, seed: int) -> Actor:
