@@ -11,8 +11,8 @@ NEEDS = ("torch", "rlsched.agents.serving.server")
 SERVE = """\
 Serve a policy over HTTP, to training runs in other processes and on other machines: they pass policy="http://HOST:PORT"
 where they would pass its file. What they ask within a few milliseconds is decided in one call. The server keeps nothing
-of a run, and may be restarted at any time: while it is gone, runs go on along the base schedule. Ctrl-C or SIGTERM end
-it, when what is in flight is answered.
+of a run, and may be restarted at any time: while it is gone, the controls of a run stay where they are, and its lr goes
+on along the base schedule. Ctrl-C or SIGTERM end it, when what is in flight is answered.
 
 It listens on this machine alone, unless there is a token, which every request has to bring. The token, like all of the
 traffic, is sent as it is: beyond a network that you trust, put a proxy with TLS before it. docs/serve.md has more.
