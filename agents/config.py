@@ -16,6 +16,7 @@ from rlsched.envs.arguments import check_sets, some_names
 from rlsched.envs.groups import REWARDS
 from rlsched.envs.mixtures import mixture
 from rlsched.envs.training import usable_device
+from rlsched.policy import SchedulePolicy
 from rlsched.signals import OBSERVATION_NAMES, OBSERVATIONS
 
 
@@ -42,6 +43,7 @@ COUNT = Range(1)
 POSITIVE = Range(0, open=True)
 SEED = Range(0, 2**32 - 1)  # of NumPy
 ENGINES = ("processes", "ray")
+EXPLORATIONS = ("independent", "coherent")
 LOCAL = "local"
 TYPES = {int: Integral, float: Real, str: str | os.PathLike, bool: bool}  # what is taken for each type of a field
 
@@ -70,6 +72,9 @@ class TrainConfig:
         1.0, "part of the learning rate that the probe allows that runs start at", Range(0, 1, open=True)
     )
     trust: float = option(1e4, "factor by which the policy may move the learning rate, either way", Range(1, open=True))
+    initial_policy: str = option(
+        "", "policy whose actor it begins with, a file or a shipped one; it then sees and moves what that does"
+    )
     num_envs: int = option(512, "inner training runs at once", COUNT)
     clones: int = option(1, "runs of a set that differ in their actions alone; advantages are centred on it", COUNT)
     processes: int = option(
@@ -89,6 +94,9 @@ class TrainConfig:
     gae_lambda: float = option(0.97, "decay of advantages in generalised advantage estimation", Range(0, 1))
     target_kl: float = option(0.03, "an update stops when the policy has moved 1.5 times as far", POSITIVE)
     log_std_init: float = option(-0.7, "initial log standard deviation of the actions", Range(-20, 2))
+    exploration: str = option(
+        "independent", "noise on the actions: independent, or coherent, which is the same in like states of a rollout"
+    )
     averaging: float = option(0.0, "half-life of the running average of the actor, in updates; 0 for none", Range(0))
     privileged_critic: bool = option(False, "the critic is told what the actor is not: the task, its return so far")
     actor: str = option("perceptron", f"kind of network that decides: {', '.join(ACTORS)}")
@@ -108,12 +116,15 @@ class TrainConfig:
         object.__setattr__(self, "observations", some_names("observations", self.observations, OBSERVATIONS))
         object.__setattr__(self, "controls", some_names("controls", self.controls, CONTROLS))
         object.__setattr__(self, "hidden", checked_widths(self.hidden, len(self.observations), len(self.controls)))
+        if self.initial_policy:
+            self._take_over(self.initial_policy)
         if not self.hidden:
             raise ValueError("hidden must hold at least one positive width, got none")
         for name, known in (
             ("engine", ENGINES),
             ("reward", REWARDS),
             ("base_schedule", BASE_SCHEDULES),
+            ("exploration", EXPLORATIONS),
             ("actor", ACTORS),
             ("activation", ACTIVATIONS),
         ):
@@ -137,6 +148,25 @@ class TrainConfig:
             )
         if self.engine != "ray" and self.address != LOCAL:
             raise ValueError(f"address is for engine='ray', and engine is {self.engine!r}, got {self.address!r}")
+
+    def _take_over(self, name: str) -> None:
+        """What the initial policy sees, moves and is made of; how it starts and what it modulates, if nothing is asked."""
+        try:
+            policy = SchedulePolicy.load(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"initial_policy must be one that can be loaded: {error}") from error
+        if not isinstance(policy, SchedulePolicy):
+            raise ValueError(f"initial_policy must be a file or a shipped policy, got {name!r}")
+        actor = policy.actor
+        its: dict[str, Any] = {"observations": policy.observations, "controls": policy.controls, "actor": actor.name}
+        its |= {"hidden": actor.hidden, "activation": actor.activation}
+        free = {"safe_start": float(policy.safe_start), "base_schedule": policy.base_schedule.name}
+        for key, value in {**its, **free}.items():
+            given = getattr(self, key)
+            if given == getattr(TrainConfig, key):
+                object.__setattr__(self, key, value)
+            elif key in its and given != value:
+                raise ValueError(f"{key} must be the initial_policy's, {value!r}, got {given!r}")
 
     def hyperparameters(self) -> dict[str, Any]:
         """The fields that decide what is learned, in types that JSON and TensorBoard can hold."""
@@ -169,11 +199,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "broad": {
         "tasks": "broad",
-        "num_envs": 800,  # eight sets for each of 25 families
+        "num_envs": 896,  # eight sets for each of 28 families
         "clones": 4,
         "safe_start": 0.3,
         "timesteps": 3_000_000,
-        "batch_size": 3200,
+        "batch_size": 3584,
         "n_epochs": 12,
         "learning_rate": 1.5e-3,
         "averaging": 10.0,

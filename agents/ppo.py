@@ -183,7 +183,10 @@ def _vector_env(
 
 def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
     kind = ACTORS[config.actor]
-    policy_options = {**kind.policy_options(config.hidden, config.activation), "log_std_init": config.log_std_init}
+    coherent, log_std = config.exploration == "coherent", config.log_std_init
+    if coherent:
+        log_std -= math.log(config.hidden[-1]) / 2  # of each feature's part in the noise, where features are of size 1
+    policy_options = {**kind.policy_options(config.hidden, config.activation), "log_std_init": log_std}
     if config.privileged_critic:
         policy_options["seen"] = len(config.observations)
     model = learner(config.actor)(
@@ -197,11 +200,16 @@ def _new_model(env: VectorEnvAdapter, config: TrainConfig) -> PPO:
         gae_lambda=config.gae_lambda,
         ent_coef=0.0,
         target_kl=config.target_kl,
+        use_sde=coherent,  # Raffin et al. (2021), "Smooth Exploration for Robotic Reinforcement Learning"
         policy_kwargs=policy_options,
         seed=config.seed,
         device="cpu",
     )
     setattr(model, INTERFACE, interface_of(config))
+    if config.initial_policy:
+        initial = SchedulePolicy.load(config.initial_policy).actor.state_dict()
+        for name, tensor in kind.trained(model.policy.state_dict()).items():  # the model's own, and no copies
+            tensor.copy_(initial[name])
     return model
 
 

@@ -309,8 +309,7 @@ def _connect(address: str) -> None:
         ValueError, ConnectionError: see `Workers`.
     """
     if address != HERE:
-        address = _found() if address == FOUND else address
-        _check_reached(address)
+        _check_reached(_found() if address == FOUND else address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"include_dashboard": False} if address == HERE else {}
     in_main = threading.current_thread() is threading.main_thread()
@@ -321,6 +320,8 @@ def _connect(address: str) -> None:
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
     except Exception as error:  # of many kinds, some of them plainly that
         said = str(error).strip().splitlines()[0]
+        if os.environ.get("RAY_AUTH_MODE") is None and address != HERE:
+            said += "; one that was begun with a token asks for RAY_AUTH_MODE=token here as well"
         raise ConnectionError(f"address: there is no Ray cluster to use at {address!r}: {said}") from error
     finally:
         if terminate is not None:

@@ -54,6 +54,7 @@ _every = SetupDistribution(
 )
 # Language models are often trained without momentum, at high learning rates that a clip keeps in check.
 _language = replace(_every, no_momentum=0.4, clipping=0.4)
+_plain = replace(_every, optimizers={"SGD": 1}, no_momentum=1.0, clipping=0.7)
 
 _families: dict[str, InnerTask] = {
     "quadratic": InnerTask(
@@ -128,6 +129,15 @@ _families: dict[str, InnerTask] = {
         setup=_every,
         reward_scale=2,
     ),
+    "autoencoder-tanh": InnerTask(
+        partial(MLP, 48, (32, 6, 32), 48, activation="tanh"),
+        Reconstruction(inputs=48, separation=(4.0, 20.0)),
+        mse_loss,
+        batch_size=16,
+        interval=16,
+        setup=_every,
+        reward_scale=2,
+    ),
     "conv": InnerTask(
         partial(ConvNet, 1, 8, (8, 16), 8),
         Images(),
@@ -163,6 +173,22 @@ _families: dict[str, InnerTask] = {
         interval=6,
         setup=_language,
         reward_scale=0.5,
+    ),
+    "recurrent-plain": language_model(
+        partial(Recurrent, cell="rnn"),
+        SourceCode(length=16, symbols=64, validation_points=96),
+        batch_size=8,
+        interval=16,
+        setup=_plain,
+        reward_scale=0.3,
+    ),
+    "attention-plain": language_model(
+        Transformer,
+        SourceCode(length=16, symbols=64, validation_points=96),
+        batch_size=8,
+        interval=16,
+        setup=_plain,
+        reward_scale=0.3,
     ),
     "attention": language_model(
         Transformer, Markov(length=12), batch_size=8, interval=8, setup=_language, reward_scale=0.2

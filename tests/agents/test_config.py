@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlsched.agents import PRESETS, TrainConfig
+from rlsched.policy import SchedulePolicy
 
 
 @pytest.mark.parametrize(
@@ -68,12 +69,25 @@ from rlsched.agents import PRESETS, TrainConfig
         ({"safe_start": 0.0}, "safe_start"),
         ({"safe_start": 1.5}, "safe_start"),
         ({"averaging": -1.0}, "averaging"),
+        ({"exploration": "mood"}, "exploration"),
+        ({"initial_policy": "nothing.safetensors"}, "initial_policy"),
+        ({"initial_policy": "http://127.0.0.1:9"}, "initial_policy"),
+        ({"initial_policy": "default", "hidden": (5,)}, "hidden"),
+        ({"initial_policy": "default", "controls": ("lr",)}, "controls"),
     ],
 )
 def test_wrong_field_is_named(options, field):
     """A wrong number would surface an hour later, or never."""
     with pytest.raises(ValueError, match=rf"^('\S+': )?{field} must "):
         TrainConfig(**options)
+
+
+def test_interface_is_that_of_the_initial_policy():
+    """Whoever trains a policy further would have to type its twenty observations, and could leave out one."""
+    policy = SchedulePolicy.load("default")
+    config = TrainConfig(initial_policy="default", safe_start=0.5)
+    assert (config.observations, config.controls, config.hidden) == (policy.observations, policy.controls, (64, 64))
+    assert (config.safe_start, config.base_schedule) == (0.5, policy.base_schedule.name)
 
 
 def test_numbers_and_paths_of_any_library_will_do():

@@ -2,12 +2,14 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import lively_policy
 from matplotlib.figure import Figure
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -330,23 +332,49 @@ def test_folder_of_another_training_is_refused(make_config):
         assert train(config).digest == policy.digest, "to load what is finished disturbs nobody"
 
 
-BROKEN = ["", '{"timesteps": ', "[3]", '{"timesteps": "many"}', "\0\0", "[" * 10**5]
-
-
 @pytest.mark.usefixtures("_no_pictures")
-@pytest.mark.parametrize("text", BROKEN, ids=["empty", "cut", "list", "text", "zeros", "deep"])
-def test_broken_configuration_is_named(make_config, text):
+def test_broken_configuration_is_named(make_config):
     """A power cut leaves such files. A traceback from a JSON parser does not tell which one, or what to do."""
     config = make_config(timesteps=32)
     path = Path(config.run_dir) / "config.json"
     train(config)
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"^run_dir: .*config\.json cannot be read: .*\. Delete it to go on with its"):
-        train(config)
-    assert path.read_text() == text
+    for text in ("", '{"timesteps": ', "[3]", '{"timesteps": "many"}', "\0\0", "[" * 10**5):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"^run_dir: .*config\.json cannot be read: .*\. Delete it to go on with"):
+            train(config)
+        assert path.read_text() == text
     path.unlink()
     assert train(make_config(timesteps=64)).info["training"]["timesteps_done"] == 64
     assert json.loads(path.read_text())["timesteps"] == 64
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_training_begins_with_the_initial_policy(make_config, tmp_path):
+    """Hours of training that were to be built upon would be thrown away, and nobody would notice."""
+    initial = lively_policy()
+    path = initial.save(tmp_path / "initial.safetensors")
+    still = {"learning_rate": 1e-30, "final_learning_rate": 1e-30}
+    policy = train(make_config(initial_policy=str(path), timesteps=32, **still))
+    assert_close_weights(policy, initial, rtol=0, atol=0)
+    assert (policy.observations, policy.controls) == (initial.observations, initial.controls)
+
+
+@pytest.mark.usefixtures("_no_pictures")
+def test_coherent_noise_is_a_function_of_what_is_observed(make_config):
+    """Noise that is drawn for each action averages out over a run, and says little of a learning rate kept higher."""
+    config = make_config(exploration="coherent", log_std_init=-2.0, timesteps=64)
+    train(config)
+    policy = PPO.load(Path(config.run_dir) / "checkpoint.zip", device="cpu").policy
+    seen = torch.rand(256, policy.observation_space.shape[0])
+    noises = []
+    with torch.no_grad():
+        mean = policy._predict(seen, deterministic=True)
+        for _ in range(2):
+            policy.reset_noise(len(seen))
+            noises.append(policy(seen)[0] - mean)
+            torch.testing.assert_close(policy(seen)[0] - mean, noises[-1], rtol=0, atol=0)
+    assert not torch.equal(*noises)
+    assert 0 < noises[0].std() < 1.2 * math.exp(-2.0), "at most what was asked for, where features are of size 1"
 
 
 @pytest.mark.usefixtures("_no_pictures")
