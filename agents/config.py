@@ -150,7 +150,7 @@ class TrainConfig:
             raise ValueError(f"address is for engine='ray', and engine is {self.engine!r}, got {self.address!r}")
 
     def _take_over(self, name: str) -> None:
-        """What the initial policy sees, moves and is made of; how it starts and what it modulates, if nothing is asked."""
+        """What the initial policy sees, moves and is made of; how it starts and what it modulates, if not asked."""
         try:
             policy = SchedulePolicy.load(name)
         except (OSError, ValueError) as error:

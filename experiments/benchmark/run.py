@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -201,18 +201,42 @@ def run(plan: Plan, policies: Mapping[str, Policy], out: Path, processes: int = 
 
 
 def perform(job: Job) -> Row:
-    """Do one run. Initial weights, mini-batches and whatever else is drawn depend on the seed alone."""
-    trial, task = job.trial, TASKS[job.trial.task]
-    base, points = task.bases[trial.optimizer], task.data(job.data)
-    torch.manual_seed(trial.seed)
+    """Do one run."""
+    trial, base = job.trial, TASKS[job.trial.task].bases[job.trial.optimizer]
+    found, drive = trained(trial.cell, trial.seed, lambda network: _drive(job, base, network), job.data)
+    row: Row = {"run": asdict(trial), "policy": None if job.policy is None else job.policy.digest, **found}
+    if trial.method in BASELINES and (package := BASELINES[trial.method].package) is not None:
+        row["package"] = f"{package} {version(package)}"
+    if isinstance(drive, Led):
+        controller = drive.scheduled.controller
+        row |= {"policy_name": job.name, "interventions": [list(each) for each in controller.interventions]}
+        if trial.method == POLICY:
+            path = control_path(controller.windows, 4)
+            row["control_path"] = {"start": [s for s, _ in path]} | {
+                name: [state[name] for _, state in path]
+                for name in job.policy.controls  # type: ignore[union-attr]
+            }
+    return row
+
+
+def trained(
+    cell: Cell, seed: int, drive_of: Callable[[nn.Module], Drive], folder: Path | None = None
+) -> tuple[Row, Drive]:
+    """Train a network of a cell; how that went, and what took its steps.
+
+    Initial weights, mini-batches and whatever else is drawn depend on the seed alone.
+    """
+    task = TASKS[cell.task]
+    base, points = task.bases[cell.optimizer], task.data(folder)
+    torch.manual_seed(seed)
     network = task.network()
     first, _ = evaluate(network, task, points)
-    drive = _drive(job, base, network)
-    ends = {round(trial.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+    drive = drive_of(network)
+    ends = {round(cell.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
     curve: dict[str, list[Any]] = {"step": [], "loss": [], "accuracy": [], "lr": []}
     loss, accuracy = first, None
     start = time.perf_counter()
-    for step, (inputs, targets) in enumerate(batches(points, task.batch, trial.steps, trial.seed), 1):
+    for step, (inputs, targets) in enumerate(batches(points, task.batch, cell.steps, seed), 1):
         drive.optimizer.zero_grad()
         training_loss = task.objective.loss(network(inputs), targets)
         training_loss.backward()
@@ -228,28 +252,14 @@ def perform(job: Job) -> Row:
     seconds = time.perf_counter() - start
     if task.objective.accuracy is None:
         del curve["accuracy"]
-    row: Row = {
-        "run": asdict(trial),
-        "policy": None if job.policy is None else job.policy.digest,
+    return {
         "loss": _short(loss, 6),
         "first_loss": _short(first, 6),
         "chance": _short(task.objective.chance(points.validation_targets), 6),
         "accuracy": _short(accuracy, 4),
         "seconds": round(seconds, 2),
         "curve": curve,
-    }
-    if trial.method in BASELINES and (package := BASELINES[trial.method].package) is not None:
-        row["package"] = f"{package} {version(package)}"
-    if isinstance(drive, Led):
-        controller = drive.scheduled.controller
-        row |= {"policy_name": job.name, "interventions": [list(each) for each in controller.interventions]}
-        if trial.method == POLICY:
-            path = control_path(controller.windows, 4)
-            row["control_path"] = {"start": [s for s, _ in path]} | {
-                name: [state[name] for _, state in path]
-                for name in job.policy.controls  # type: ignore[union-attr]
-            }
-    return row
+    }, drive
 
 
 @torch.no_grad()
