@@ -75,7 +75,7 @@ def test_momentum_moves_without_the_size_of_updates():
 
 @pytest.mark.usefixtures("tiny")
 def test_what_is_judged_has_chosen_nothing(monkeypatch):
-    """The best of forty runs is the luckiest: on its own seed there would be a gain even where nothing can be gained."""
+    """The best of forty runs is the luckiest: on its own seed there would be a gain where nothing can be gained."""
     seeds = []
 
     def recorded(cell, seed, drive_of):
