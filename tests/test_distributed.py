@@ -8,10 +8,12 @@ large as any other. A run that goes on has to be equal to the last bit in the pr
 import copy
 import io
 import math
+import threading
 import traceback
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import pairwise
 
 import pytest
@@ -231,6 +233,32 @@ def best_of_shards(rank):
         return expected, *seen, str(error)
 
 
+def served(rank):
+    """A run under a policy that the first rank serves, until the server goes away in the midst of it."""
+    from rlsched.agents.serving.batching import TorchEngine
+    from rlsched.agents.serving.server import PolicyServer, listen
+
+    policy, address = lively_policy(), [None]
+    if rank == 0:
+        listening = listen("127.0.0.1", 0, has_token=False)
+        server = PolicyServer(policy, TorchEngine(policy))
+        thread = threading.Thread(target=server.run, args=(listening,))
+        thread.start()
+        address = [f"http://127.0.0.1:{listening.getsockname()[1]}"]
+    dist.broadcast_object_list(address)
+    it = Training(rank, replicated, OPTIMIZERS["SGD"], policy=address[0]).run(range(STOP))
+    if rank == 0:
+        server.stop()
+        thread.join()
+        listening.close()
+    dist.barrier()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is gone
+        it.run(range(STOP, STEPS))
+    asked = it.controller.policy
+    return {**it.result(), "answered": asked.answered, "missed": asked.missed}
+
+
 def flat_shards(rank):
     """What the wrapper says of FSDP1, whose parameters are flat."""
     model = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
@@ -349,6 +377,8 @@ def jobs(folder):
     for everyone in (False, True):
         yield DOUBLE, ("validated", everyone), lambda rank, e=everyone: validated(rank, everyone=e)
     yield SAME_BITS, "best of shards", best_of_shards
+    if find_spec("starlette") is not None:
+        yield SAME_BITS, "served", served
     yield DOUBLE, "unlike", unlike_replicas
     yield DOUBLE, "flat shards", flat_shards
     yield DOUBLE, "complex shards", complex_shards
@@ -501,6 +531,17 @@ def test_best_weights_of_shards_are_those_of_one_step(ranks):
         assert_same(best, expected)
         assert_same(resumed, expected)
         assert "the ranks took their best weights after [15, 6] steps" in said
+
+
+@pytest.mark.skipif(find_spec("starlette") is None, reason="starlette is not installed: rlsched[serve]")
+def test_policy_is_asked_by_one_rank_for_all(ranks):
+    """Ranks that ask a server each for themselves decide apart as soon as it answers one of them and not the other."""
+    one, other = ranks("served")
+    for what in ("path", "weights"):
+        assert_same(one[what], other[what])
+    alone, _ = ranks(("replicated", "SGD", "not stopped"))
+    assert_same(one["path"][:STOP], alone["path"][:STOP])
+    assert (one["answered"], one["missed"]) == (4, 4) and (other["answered"], other["missed"]) == (0, 0)
 
 
 def test_shards_that_do_not_say_of_what_are_refused(ranks):

@@ -13,7 +13,7 @@ from rlsched.experiments.benchmark.methods import BASELINES, ablations
 from rlsched.experiments.benchmark.run import BASE_LRS, Plan
 from rlsched.experiments.benchmark.run import run as run_plan
 from rlsched.experiments.benchmark.tasks import SUITES
-from rlsched.policy import SchedulePolicy
+from rlsched.onnx_policy import load_policy
 
 NEEDS = ()  # its options say what there is
 DESCRIPTION = f"""\
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     given = list(dict.fromkeys(options.policy or ["default"]))
     stems = [Path(name).stem for name in given]  # no path of this machine, where they tell the files apart
     names = stems if len(set(stems)) == len(stems) else given
-    policies = {name: SchedulePolicy.load(file) for name, file in zip(names, given, strict=True)}
+    policies = {name: load_policy(file) for name, file in zip(names, given, strict=True)}
     methods = list(options.methods)
     if options.ablations is not None:
         methods += options.ablations or [name for policy in policies.values() for name in ablations(policy)]

@@ -46,9 +46,9 @@ def run(options: argparse.Namespace) -> None:
     from rlsched.experiments.compare.analysis import SWEEP, report
     from rlsched.experiments.compare.run import RUNS, TENSORBOARD, Plan, compare
     from rlsched.experiments.table import PLOT, TABLE
-    from rlsched.policy import SchedulePolicy
+    from rlsched.onnx_policy import load_policy
 
-    policy = SchedulePolicy.load(options.policy)
+    policy = load_policy(options.policy)
     torch.set_num_threads(min(2, torch.get_num_threads()))  # the networks are small: more cost more than they give
     plan = Plan(options.tasks, options.optimizers, options.steps, options.seeds, data=options.data)
     compare(plan, policy, options.out, str(options.policy), log_runs=options.log_runs)

@@ -34,6 +34,7 @@ from rlsched.experiments.journal import read
 from rlsched.experiments.networks import perceptron
 from rlsched.experiments.schedules import SCHEDULES
 from rlsched.experiments.table import TABLE
+from rlsched.formats import FORMATS
 from rlsched.policy import Policy
 from rlsched.signals import OBSERVATIONS
 
@@ -537,6 +538,18 @@ def test_wrong_option_is_one_clear_line(arguments, message, tmp_path, capsys, ti
     assert main([*command, *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_exported_policy_is_measured_as_any_other(tiny, tmp_path, capsys):
+    """What a compressed policy loses could not be told on the suite by which policies are chosen."""
+    pytest.importorskip("onnxruntime")
+    file = FORMATS["onnx"].save(LIVELY, tmp_path / "small.onnx")
+    command = ["benchmark", "--suite", "development", "--tasks", "tiny", "--seeds", "1", "--processes", "1"]
+    assert main([*command, "--base-lrs", "1", "--policy", str(file), "--out", str(tmp_path / "out")]) == 0
+    led = [row for row in rows(tmp_path / "out") if row["policy"]]
+    assert {(row["policy_name"], row["policy"]) for row in led} == {("small", LIVELY.digest)}
+    with_torch = perform(Job(Trial(**led[0]["run"]), LIVELY))
+    assert led[0]["loss"] == pytest.approx(with_torch["loss"], rel=1e-4)
 
 
 def test_command_measures_and_says_where_it_is(tiny, tmp_path, capsys):
