@@ -110,7 +110,7 @@ def _listed(cells: Sequence[Cell]) -> str:
 def _factor(results: Results, condition: Condition) -> str:
     if not condition.is_tuned:
         return f"× {condition.factor:g}"
-    return f"best of {max(len(by.get(condition.contender, {})) for by in results.runs.values())}"
+    return f"best of {max(len(results.tried(cell, condition.contender)) for cell in results.runs)}"
 
 
 def _shown(score: Score) -> list[str]:

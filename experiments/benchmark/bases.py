@@ -59,6 +59,10 @@ class Base:
     def make(self, parameters: Iterable[nn.Parameter], factor: float) -> Optimizer:
         return self.kind(parameters, lr=self.lr * factor, **self.options)
 
+    def within_reach(self, factors: Iterable[float]) -> list[float]:
+        """Those of the factors, each once, by which a learning rate may be wrong."""
+        return [factor for factor in dict.fromkeys(factors) if 1 / self.reach <= factor <= self.reach]
+
 
 def plain(lr: float, clip: float | None = 0.25) -> Base:
     """SGD without momentum, at the learning rates at which language models are trained."""

@@ -20,8 +20,8 @@ DESCRIPTION = f"""\
 Measure policies on a suite of tasks, each from five base learning rates, against cosine whose learning rate is tuned
 for each task, and against other baselines. Choose between policies on --suite development, which takes minutes; run
 --suite test once for a policy that is released, and choose nothing by it. Runs of several policies and methods stand
-side by side in runs.jsonl, and those that are there are not done again. From it come table.md, profile.png, the
-learning rates in lr*.png and TensorBoard logs, all in the folder --out.
+side by side in runs.jsonl, and those that are there are not done again. From it come table.md, base-lr.png,
+profile.png, the learning rates in lr*.png and TensorBoard logs, all in the folder --out.
 
 --methods are policy and the baselines {", ".join(list(BASELINES)[:6])},
 {", ".join(list(BASELINES)[6:])}; all is all of these.
@@ -32,6 +32,7 @@ examples:
   rlsched benchmark --suite development
   rlsched benchmark --suite development --policy default --policy runs/mine/policy.safetensors --seeds 2
   rlsched benchmark --suite development --tasks wine-by-heart --ablations replay only-lr
+  rlsched benchmark --suite development --methods policy cosine schedule-free prodigy --untuned
   rlsched benchmark --suite test --methods all --data path/to/mnist
 """
 
@@ -52,6 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", default=["policy", "cosine"], metavar="METHOD", help="(default: policy cosine)")
     add("--ablations", nargs="*", metavar="METHOD", help="beside the methods, for each policy (default: none)")
     add("--base-lrs", nargs="+", type=float, default=list(BASE_LRS), metavar="FACTOR", help=base_lrs)
+    add("--untuned", action="store_true", help="baselines from these learning rates as well, beside their sweep")
     add("--no-validation", action="store_true", help="policies do not hear of validation losses")
     add("--data", type=Path, metavar="FOLDER", help=data)
     add("--out", type=Path, metavar="FOLDER", help="for the results (default: runs/benchmark/SUITE)")
@@ -72,7 +74,8 @@ def run(options: argparse.Namespace) -> None:
     if options.ablations is not None:
         methods += options.ablations or [name for policy in policies.values() for name in ablations(policy)]
     told, out = not options.no_validation, options.out or Path("runs/benchmark") / options.suite
-    plan = Plan(options.suite, options.tasks, options.seeds, methods, options.base_lrs, told=told, data=options.data)
+    more = {"told": told, "data": options.data, "untuned": options.untuned}
+    plan = Plan(options.suite, options.tasks, options.seeds, methods, options.base_lrs, **more)
     for name, why in plan.skipped.items():
         print(f"skipped: {name}, {why}", file=sys.stderr)
     torch.set_num_threads(1)

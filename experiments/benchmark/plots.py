@@ -18,19 +18,42 @@ from rlsched.experiments.cell import Cell
 from rlsched.experiments.journal import Row
 from rlsched.experiments.table import save
 
-PROFILE, TENSORBOARD = "profile.png", "tensorboard"
+BASE_LR, PROFILE, TENSORBOARD = "base-lr.png", "profile.png", "tensorboard"
+MOST_RATIO = 1.0  # log ratio of final losses that is shown
 MOST_FACTOR = 2.0  # on the best loss, that a profile shows
 COLUMNS = 6  # of small pictures
 
 
 def pictures(results: Results, out: Path) -> list[Path]:
-    """Write the performance profile, and the learning rates of each policy; returns their paths."""
-    written = [save(profile(results), out / PROFILE)]
+    """Write what comes of each base learning rate, the profile, and the learning rates of policies; returns paths."""
+    written = [save(base_learning_rates(results), out / BASE_LR), save(profile(results), out / PROFILE)]
     for policy in results.policies():
         told = "" if policy.told else "-not-told"
         name = f"lr-{(policy.policy or '')[:8]}{told}.png" if len(results.policies()) > 1 else "lr.png"
         written.append(save(learning_rates(results, policy), out / name))
     return written
+
+
+def base_learning_rates(results: Results) -> Figure:
+    """How far above or below the reference each policy and each baseline ends, by how wrong its learning rate is."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for contender in results.contenders:
+        untuned = [condition for condition in results.conditions(contender) if not condition.is_tuned]
+        scores = {condition.factor: score for condition in untuned if (score := results.score(condition)) is not None}
+        if len(scores) < 2:
+            continue
+        ratio, low, high = np.array([(s.ratio.value, s.ratio.low, s.ratio.high) for s in scores.values()]).T
+        width = 2.5 if contender.method == POLICY else 1.2
+        (line,) = axis.plot(list(scores), ratio, "o-", lw=width, label=results.label(contender))
+        axis.fill_between(list(scores), low, high, color=line.get_color(), alpha=0.2, lw=0)
+    axis.axhline(0, color="k", ls="--", lw=1, label="cosine, learning rate tuned for each task")
+    bottom, top = axis.get_ylim()
+    axis.set(xscale="log", xlabel="base learning rate / the usual one", ylim=(bottom, min(top, MOST_RATIO)))
+    axis.set_ylabel("final log validation loss, less that of tuned cosine\n(below 0: better)")
+    axis.legend(fontsize="small", loc="upper left")
+    axis.grid(alpha=0.3)
+    return figure
 
 
 def profile(results: Results) -> Figure:

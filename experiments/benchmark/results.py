@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlsched.experiments.benchmark import statistics
+from rlsched.experiments.benchmark.bases import Base
 from rlsched.experiments.benchmark.methods import (
     BASE_SCHEDULE,
     BASELINES,
@@ -22,8 +23,9 @@ from rlsched.experiments.benchmark.methods import (
     WITHOUT,
     leads,
 )
-from rlsched.experiments.benchmark.run import RUNS, key
+from rlsched.experiments.benchmark.run import BASE_LRS, RUNS, key
 from rlsched.experiments.benchmark.statistics import Estimate
+from rlsched.experiments.benchmark.tasks import TASKS
 from rlsched.experiments.cell import Cell
 from rlsched.experiments.journal import Row, read
 
@@ -96,11 +98,19 @@ class Results:
         return [contender for contender in self.contenders if contender.method == POLICY]
 
     def conditions(self, contender: Contender) -> list[Condition]:
-        """Each base learning rate of what a policy leads; tuned and untuned for a baseline."""
+        """Each base learning rate of what a policy leads; for a baseline, the best, and those that all cells have."""
         factors = sorted({f for by in self.runs.values() for f in by.get(contender, {})})
         if leads(contender.method):
             return [Condition(contender, factor) for factor in factors]
-        return [Condition(contender, TUNED), *(Condition(contender, factor) for factor in factors if factor == 1)]
+        untuned = [Condition(contender, factor) for factor in factors if self._is_everywhere(contender, factor)]
+        return [Condition(contender, TUNED), *untuned]
+
+    def _is_everywhere(self, contender: Contender, factor: float) -> bool:
+        """Whether all cells have it in whose reach it is."""
+        cells = [cell for cell, by in self.runs.items() if contender in by]
+        return factor in BASE_LRS and all(
+            factor in self.runs[cell][contender] for cell in cells if _base(cell).within_reach([factor])
+        )
 
     def label(self, contender: Contender) -> str:
         """What a contender is called: with its policy, where there are several."""
@@ -127,9 +137,14 @@ class Results:
         return by_factor[self.best(cell, condition.contender)] if by_factor else {}
 
     def best(self, cell: Cell, contender: Contender) -> float:
-        """The factor with the lowest mean log loss over the seeds."""
-        by_factor = self.runs[cell][contender]
-        return min(by_factor, key=lambda f: (np.mean([log_loss(row) for row in by_factor[f].values()]), f))
+        """The factor with the lowest mean log loss over the seeds, of those that it was tuned over."""
+        by_factor, tried = self.runs[cell][contender], self.tried(cell, contender)
+        return min(tried, key=lambda f: (np.mean([log_loss(row) for row in by_factor[f].values()]), f))
+
+    def tried(self, cell: Cell, contender: Contender) -> list[float]:
+        """The factors that a baseline was tuned over: others are there to see what comes of a wrong one."""
+        factors = sorted(self.runs[cell].get(contender, {}))
+        return [factor for factor in factors if factor in _base(cell).sweep] or factors
 
     def reference(self, cell: Cell) -> Runs:
         return self.at(cell, Condition(REFERENCE, TUNED))
@@ -185,9 +200,8 @@ class Results:
 
     def at_the_edge(self) -> list[Cell]:
         """Cells in which the best learning rate of the reference is the lowest or the highest that was tried."""
-        found = [cell for cell in self.runs if REFERENCE in self.runs[cell]]
-        tried = {cell: self.runs[cell][REFERENCE] for cell in found}
-        return [c for c in found if len(tried[c]) > 1 and self.best(c, REFERENCE) in (min(tried[c]), max(tried[c]))]
+        tried = {cell: self.tried(cell, REFERENCE) for cell in self.runs}
+        return [c for c, of in tried.items() if len(of) > 1 and self.best(c, REFERENCE) in (of[0], of[-1])]
 
     def _speed_up(self, cell: Cell, condition: Condition) -> float:
         runs, reference = self.at(cell, condition), self.reference(cell)
@@ -207,6 +221,10 @@ class Results:
             if seed in reference and runs[seed]["accuracy"] is not None
         ]
         return float(np.median(gains)) if gains else None
+
+
+def _base(cell: Cell) -> Base:
+    return TASKS[cell.task].bases[cell.optimizer]
 
 
 def log_loss(row: Row) -> float:

@@ -93,6 +93,7 @@ class Plan:
         base_lrs: base learning rates of a policy's runs, as factors on the usual ones; those within an optimizer's
             reach are used.
         sweep: the factors that the baselines are tuned over; None: those of each base optimizer.
+        untuned: whether the baselines also have the base learning rates of a policy's runs, which tune nothing.
         told: whether a policy hears of the validation losses.
         data: folder with the user's data files.
 
@@ -108,6 +109,7 @@ class Plan:
     sweep: Sequence[float] | None = None
     told: bool = True
     data: Path | None = None
+    untuned: bool = False
     skipped: Mapping[str, str] = field(init=False, compare=False)  # tasks and methods, and why
 
     def __post_init__(self) -> None:
@@ -154,7 +156,8 @@ class Plan:
             if method in self.skipped or (method in BASELINES and not BASELINES[method].of(base)):
                 continue
             if method in BASELINES:
-                for factor in dict.fromkeys(base.sweep if self.sweep is None else self.sweep):
+                sweep = base.sweep if self.sweep is None else self.sweep
+                for factor in dict.fromkeys([*sweep, *(base.within_reach(self.base_lrs) if self.untuned else ())]):
                     yield Job(Trial(*cell, method, factor, seed), data=self.data)
                 continue
             for name, policy in policies.items():
@@ -164,9 +167,8 @@ class Plan:
                     continue
                 if method == BASE_SCHEDULE:
                     name, policy = policy.base_schedule.name, SchedulePolicy.zero(policy.base_schedule)
-                for factor in dict.fromkeys(self.base_lrs):
-                    if 1 / base.reach <= factor <= base.reach:
-                        yield Job(Trial(*cell, method, factor, seed, self.told), policy, name, data=self.data)
+                for factor in base.within_reach(self.base_lrs):
+                    yield Job(Trial(*cell, method, factor, seed, self.told), policy, name, data=self.data)
 
     def _methods(self) -> list[str]:
         given = [m for name in self.methods for m in ([POLICY, *BASELINES] if name == ALL else [name])]

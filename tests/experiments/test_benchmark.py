@@ -26,7 +26,7 @@ from rlsched.experiments.benchmark import tasks as suites
 from rlsched.experiments.benchmark.analysis import report
 from rlsched.experiments.benchmark.bases import ADADELTA, ADAM, ADAMW_GPT, SGD_MOMENTUM, plain
 from rlsched.experiments.benchmark.methods import BASELINES, Ignorant, ablations
-from rlsched.experiments.benchmark.plots import PROFILE, TENSORBOARD
+from rlsched.experiments.benchmark.plots import BASE_LR, PROFILE, TENSORBOARD
 from rlsched.experiments.benchmark.results import REFERENCE, TUNED, Condition, Contender, Results
 from rlsched.experiments.benchmark.run import RUNS, Job, Plan, Trial, evaluate, key, perform, run
 from rlsched.experiments.benchmark.tasks import CODES, DEVELOPMENT, NUMBERS, TASKS, TEST, Task, cells
@@ -378,7 +378,14 @@ def made(out, entries):
     """A file of these (method, digest, factor, seed, loss), on one cell of classification that begins at 2.0."""
     lines = []
     for method, digest, factor, seed, loss in entries:
-        trial = {"task": "a", "optimizer": "sgd", "steps": 4, "method": method, "lr_factor": factor, "seed": seed}
+        trial = {
+            "task": "wine-by-heart",
+            "optimizer": "adam",
+            "steps": 4,
+            "method": method,
+            "lr_factor": factor,
+            "seed": seed,
+        }
         curve = {"step": [2, 4], "loss": [1.5, loss], "accuracy": [0.1, 0.5], "lr": [0.1, 0.05]}
         row = {"run": trial, "policy": digest, "policy_name": digest, "loss": loss, "first_loss": 2.0, "chance": 1.9}
         lines.append(json.dumps({**row, "accuracy": 0.5 if loss else 0.1, "seconds": 1.0, "curve": curve}))
@@ -408,6 +415,29 @@ def test_score_from_closed_form(tmp_path):
     assert results.at_the_edge() == [cell] and results.not_learnt() == []
 
 
+def test_learning_rate_that_is_meant_to_be_wrong_tunes_nothing(tmp_path):
+    """The reference would be the better for what was run to show how bad it can be, and every figure another one."""
+    untuned = [("cosine", None, f, s, loss) for (f, loss), s in product(((0.01, 0.1), (100.0, None)), (0, 1))]
+    results = made(tmp_path, [*TWO_SEEDS, *untuned, ("cosine", None, 10.0, 0, 0.7)])
+    (cell,) = results.runs
+    assert results.best(cell, REFERENCE) == 1.0 and results.tried(cell, REFERENCE) == [0.1, 1.0, 10.0]
+    assert [c.factor for c in results.conditions(REFERENCE)][1:] == [0.01, 0.1, 1.0, 10.0, 100.0]
+    assert results.score(Condition(REFERENCE, 0.01)).ratio.value == pytest.approx(math.log(0.1 / 0.5))
+    assert results.score(Condition(REFERENCE, 100.0)).diverged == 2
+    assert results.at_the_edge() == []
+
+
+def test_plan_has_baselines_from_wrong_learning_rates(tiny):
+    """A picture of what a wrong learning rate costs would have points in it that are of some tasks alone."""
+    plan = Plan("development", ["tiny"], 1, ["prodigy"], untuned=True)
+    tried = {(job.trial.optimizer, job.trial.method): [] for job in plan.jobs({})}
+    for job in plan.jobs({}):
+        tried[job.trial.optimizer, job.trial.method].append(job.trial.lr_factor)
+    assert set(tried) == {("adam", "cosine"), ("adam", "prodigy"), ("plain", "cosine")}
+    assert sorted(tried["adam", "cosine"]) == [0.01, 0.1, 0.316, 1.0, 3.16, 10.0, 31.6, 100.0]
+    assert sorted(tried["plain", "cosine"]) == [0.01, 0.0316, 0.1, 0.316, 1.0, 3.16, 10.0]
+
+
 def test_cell_that_did_not_learn_is_named(tmp_path):
     """A difference between two failures would count as one between methods."""
     results = made(tmp_path, [("cosine", None, 1.0, 0, 1.95)])
@@ -433,7 +463,7 @@ def test_report_is_made_of_the_file_alone(tiny, tmp_path, capsys):
     plan = Plan("development", ["tiny"], 1, ["all"], base_lrs=(1.0,), sweep=(0.1, 1.0))
     run(plan, {"mine": LIVELY}, tmp_path, 1)
     text = report(tmp_path)
-    for name in (TABLE, PROFILE, "lr.png", TENSORBOARD):
+    for name in (TABLE, BASE_LR, PROFILE, "lr.png", TENSORBOARD):
         assert (tmp_path / name).exists()
     methods = [line.split(" | ")[0].strip("| *") for line in text.split("\n\n")[0].splitlines()[2:]]
     assert methods[0] == "policy" and set(methods) == {"policy", *(method.title for method in BASELINES.values())}
