@@ -39,6 +39,7 @@ ALLOWED = {
         "envs",
         "actors",
         "base_schedule",
+        "committee",
         "connection",
         "control",
         "decisions",

@@ -23,7 +23,7 @@ A checkpoint is a Stable-Baselines3 model and holds pickles: export only those t
 
 examples:
   rlsched export runs/mine --out mine.safetensors
-  rlsched export runs/mine/checkpoint.zip --out mine.safetensors
+  rlsched export runs/seed-0 runs/seed-1 runs/seed-2 --out mine.safetensors
   rlsched export default --format onnx --out default.onnx
   rlsched export mine.safetensors --format torchscript --out mine.pt
 """
@@ -34,19 +34,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     shipped = ", ".join(available()) or "none"
     parser.description = EXPORT
-    parser.add_argument(
-        "source", help=f"folder of a training run, a checkpoint in it, a policy file, or a shipped policy ({shipped})"
-    )
+    what = f"folder of a training run, a checkpoint in it, a policy file, or a shipped policy ({shipped})"
+    several = "several are exported as one, their committee, whose actions are the mean of theirs"
+    parser.add_argument("source", nargs="+", help=f"{what}; {several}")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     parser.add_argument("--format", help="safetensors, onnx or torchscript (default: as the name of --out ends)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the file that the options ask for."""
+    from rlsched.committee import committee_of
     from rlsched.formats import FORMATS
 
     name = _format(options, FORMATS)
-    policy = _policy(options.source)
+    policies = [_policy(source) for source in options.source]
+    policy = policies[0] if len(policies) == 1 else committee_of(policies)
     print(f"{FORMATS[name].save(policy, options.out)}: {policy!r}")
     if name == "onnx":
         from rlsched.formats import difference

@@ -1,0 +1,88 @@
+"""Several policies as one: a committee, which does what its members would do on average.
+
+Policies of one kind that were trained apart err apart, and their mean errs less (Breiman 1996, "Bagging Predictors").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from rlsched.actors import Perceptron
+from rlsched.policy import SchedulePolicy
+
+
+def committee_of(policies: Sequence[SchedulePolicy]) -> SchedulePolicy:
+    """The committee of some policies: an actor as wide as theirs together, whose actions are the mean of theirs.
+
+    The mean is taken of what the actors say, before it is bounded. Each of them sees what it saw, and one that does not
+    move a control votes for standing still. The committee starts runs as the most careful member does, and is trusted
+    where the first member is that sees all that the committee sees.
+
+    Args:
+        policies: perceptrons of as many layers, with one activation, that modulate one base schedule; one of them sees
+            what the others see.
+
+    Raises:
+        ValueError: they are none of this; there are fewer than two, or one is there twice.
+    """
+    members = list(policies)
+    if len({member.digest for member in members}) < max(2, len(members)):
+        raise ValueError(f"policies must be at least two, each of them another, got {members}")
+    actors = [member.actor for member in members]
+    for what, found in (
+        ("kind of actor", [actor.name for actor in actors]),
+        ("number of layers", [len(actor.hidden) for actor in actors]),
+        ("activation", [actor.activation for actor in actors]),
+        ("base schedule", [member.base_schedule.name for member in members]),
+    ):
+        if len(set(found)) > 1:
+            raise ValueError(f"policies must have one {what}, they have {found}")
+    if actors[0].name != Perceptron.name:
+        raise ValueError(f"policies must be perceptrons, got {actors[0].name!r}")
+    observations, controls = _all(m.observations for m in members), _all(m.controls for m in members)
+    seeing = [member for member in members if set(member.observations) == set(observations)]
+    if not seeing:
+        raise ValueError(f"policies must have one among them that sees what the others see, {list(observations)}")
+    domain = seeing[0].domain
+    if domain is not None:
+        order = [seeing[0].observations.index(name) for name in observations]
+        domain = domain._replace(mean=domain.mean[order], whitening=domain.whitening[:, order])
+    return SchedulePolicy(
+        _side_by_side(members, observations, controls),
+        observations,
+        controls,
+        safe_start=min(member.safe_start for member in members),
+        domain=domain,
+        base_schedule=members[0].base_schedule,
+        info={"committee": [{"digest": member.digest, **member.info} for member in members]},
+    )
+
+
+def _all(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """Each once, in the order in which they come."""
+    return tuple(dict.fromkeys(name for each in names for name in each))
+
+
+def _side_by_side(members: list[SchedulePolicy], observations: Sequence[str], controls: Sequence[str]) -> Perceptron:
+    """The perceptron whose layers are blocks of the members'."""
+    widths = [sum(layer) for layer in zip(*(member.actor.hidden for member in members), strict=True)]
+    actor = Perceptron(len(observations), len(controls), widths, members[0].actor.activation)
+    whole, last = actor.state_dict(), len(widths)  # the actor's own tensors, and no copies
+    row, column = [0] * (last + 1), [0] * (last + 1)
+    for member in members:
+        own = member.actor.state_dict()
+        for depth in range(last + 1):
+            weight, bias = own[f"layers.{depth}.weight"], own[f"layers.{depth}.bias"]
+            outputs, inputs = weight.shape
+            rows, columns = torch.arange(outputs) + row[depth], torch.arange(inputs) + column[depth]
+            if depth == 0:
+                columns = torch.tensor([observations.index(name) for name in member.observations])
+            if depth == last:
+                rows = torch.tensor([controls.index(name) for name in member.controls])
+                weight, bias = weight / len(members), bias / len(members)
+            whole[f"layers.{depth}.weight"][rows[:, None], columns] += weight
+            whole[f"layers.{depth}.bias"][rows] += bias
+            row[depth], column[depth] = row[depth] + outputs, column[depth] + inputs
+    return actor

@@ -1,0 +1,75 @@
+"""Several policies as one."""
+
+import pytest
+import torch
+from helpers import lively_policy
+
+from rlsched import SchedulePolicy
+from rlsched.actors import Perceptron, Recurrent
+from rlsched.cli import main
+from rlsched.committee import committee_of
+from rlsched.domain import Domain
+from rlsched.signals import OBSERVATION_NAMES
+
+
+def member(seed, observations=OBSERVATION_NAMES, controls=("lr", "clip"), hidden=(8, 5), kind=Perceptron, **options):
+    """A policy of drawn weights."""
+    actor = kind(len(observations), len(controls), hidden)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {k: 0.5 * torch.randn(v.shape, generator=generator) for k, v in actor.state_dict().items()}
+    actor.load_state_dict(drawn)
+    return SchedulePolicy(actor, observations, controls, **options)
+
+
+def test_actions_are_the_mean_of_the_members():
+    """A member that saw another's observations, or moved another's control, would ruin what the others know."""
+    few = ("lr", "progress", "loss_trend")
+    size = len(OBSERVATION_NAMES)
+    domain = Domain(torch.linspace(-1, 1, size), torch.randn(size, size).triu(), torch.tensor(2.0))
+    one = member(0, few, ("momentum", "lr"), safe_start=1.0)
+    other = member(1, hidden=(4, 9), safe_start=0.3, domain=domain)
+    made = committee_of([one, other])
+    assert made.controls == ("momentum", "lr", "clip") and set(made.observations) == set(OBSERVATION_NAMES)
+    assert made.actor.hidden == (12, 14) and made.safe_start == 0.3
+    seen = dict(zip(OBSERVATION_NAMES, torch.rand(size, 50), strict=True))
+
+    def said(policy):
+        return dict(
+            zip(policy.controls, policy.actor(torch.stack([seen[n] for n in policy.observations], 1))[0].T, strict=True)
+        )
+
+    still = torch.zeros(50)
+    first, second, joint = said(one), said(other), said(made)
+    for name in made.controls:
+        torch.testing.assert_close(joint[name], (first.get(name, still) + second.get(name, still)) / 2)
+    expected = other.influence(torch.stack([seen[n] for n in other.observations], 1))
+    assert 0 < expected.min() < 1
+    torch.testing.assert_close(made.influence(torch.stack([seen[n] for n in made.observations], 1)), expected)
+
+
+def test_what_cannot_be_one_policy_is_refused():
+    """A committee of which a member is silently left out would be scored, and shipped."""
+    for policies, said in (
+        ([lively_policy()], "policies must be at least two"),
+        ([lively_policy(), lively_policy()], "each of them another"),
+        ([member(0), member(1, hidden=(8,))], r"one number of layers, they have \[2, 1\]"),
+        ([member(0), member(1, kind=Recurrent)], "one kind of actor"),
+        ([member(0, kind=Recurrent), member(1, kind=Recurrent)], "must be perceptrons, got 'recurrent'"),
+        ([member(0), member(1, base_schedule="constant")], r"one base schedule, they have \['linear', 'constant'\]"),
+        ([member(0, ("lr",)), member(1, ("progress",))], r"one among them that sees .*\['lr', 'progress'\]"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            committee_of(policies)
+
+
+def test_command_exports_a_committee(tmp_path, capsys):
+    """Whoever has trained three seeds would choose one of them and throw the others away."""
+    files = [str(member(seed).save(tmp_path / f"{seed}.safetensors")) for seed in range(3)]
+    out = tmp_path / "all.safetensors"
+    assert main(["export", *files, "--out", str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    made = SchedulePolicy.load(out)
+    assert made.digest == committee_of([SchedulePolicy.load(file) for file in files]).digest
+    assert [each["digest"] for each in made.info["committee"]] == [SchedulePolicy.load(f).digest for f in files]
+    assert main(["export", files[0], files[0], "--out", str(out)]) == 1
+    assert "policies must be at least two, each of them another" in capsys.readouterr().err
