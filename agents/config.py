@@ -195,23 +195,24 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
+_BROAD: dict[str, Any] = {
+    "tasks": "broad",
+    "num_envs": 896,  # eight sets for each of 28 families
+    "clones": 4,
+    "safe_start": 0.3,
+    "timesteps": 3_000_000,
+    "batch_size": 3584,
+    "n_epochs": 12,
+    "learning_rate": 1.5e-3,
+    "averaging": 10.0,
+    "privileged_critic": True,
+    "hidden": (128, 128),
+    "eval_every": 60,
+    "eval_episodes": 100,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "broad": {
-        "tasks": "broad",
-        "num_envs": 896,  # eight sets for each of 28 families
-        "clones": 4,
-        "safe_start": 0.3,
-        "timesteps": 3_000_000,
-        "batch_size": 3584,
-        "n_epochs": 12,
-        "learning_rate": 1.5e-3,
-        "averaging": 10.0,
-        "privileged_critic": True,
-        "hidden": (128, 128),
-        "eval_every": 60,
-        "eval_episodes": 100,
-    },
+    "broad": _BROAD,
     "demo": {
         "tasks": "small",
         "num_envs": 256,
@@ -220,4 +221,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 8,
         "eval_episodes": 48,
     },
+}
+_SEEN_BY_PERCEPTRONS = (
+    *("progress", "decisions_left", "decisions", "interval", "loss_vs_fast", "loss_vs_slow", "loss_vs_first"),
+    *("loss_noise", "loss_trend", "grad_cosine", "momentum_cosine", "update_ratio", "predicted_decrease"),
+    *("grad_norm_change", "grad_norm_noise", "clip_fraction", "momentum", "clip", "adaptive", "lr"),
+)
+_PERCEPTRONS: dict[str, Any] = {"observations": _SEEN_BY_PERCEPTRONS, "controls": ("lr", "momentum", "clip")}
+# Trainings whose policies become one, by the name of that, and their own.
+COMMITTEES: dict[str, dict[str, dict[str, Any]]] = {
+    "shipped": {
+        "perceptrons": _PERCEPTRONS,
+        "short": {**_BROAD, "tasks": "short", "num_envs": 672, "batch_size": 2688},
+    }
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlsched.actors import ACTORS, Actor
 from rlsched.agents import PRESETS, TrainConfig
+from rlsched.agents.config import COMMITTEES
 from rlsched.base_schedule import BASE_SCHEDULES, BaseSchedule
 from rlsched.control import CONTROL_NAMES, CONTROLS, control_table
 from rlsched.envs import FAMILIES, ID, MIXTURES, InnerTask, SchedulingVectorEnv
@@ -302,6 +303,11 @@ def config() -> str:
         f"| `{name}` | {', '.join(f'`{key}` {_default(value)}' for key, value in of.items()) or 'what is default'} |"
         for name, of in PRESETS.items()
     )
+    members = "\n".join(
+        f"| `{name}` | `{member}` | {', '.join(f'`{key}` {_default(value)}' for key, value in of.items())} |"
+        for name, committee in COMMITTEES.items()
+        for member, of in committee.items()
+    )
     return f"""\
 # What can be set of a training
 
@@ -321,6 +327,13 @@ length of a training is counted in *timesteps*, decisions over all inner runs.
 | preset | sets |
 |---|---|
 {presets}
+
+Some are several trainings, in folders of their own, whose policies become one ([their
+committee](training.md#how-it-is-learned)):
+
+| preset | member | sets |
+|---|---|---|
+{members}
 """
 
 

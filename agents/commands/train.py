@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from rlsched.agents.config import PRESETS, TrainConfig
+from rlsched.agents.config import COMMITTEES, PRESETS, TrainConfig
 from rlsched.agents.presets import SUFFIX, preset
 
 NEEDS = ("torch", "rlsched.agents.ppo")
@@ -20,7 +20,8 @@ when the same command is given again.
 
 examples:
   rlsched train --preset demo                        # a small policy, in minutes on two cores
-  rlsched train --run-dir runs/mine --compile        # a policy like the shipped one, in a quarter of an hour
+  rlsched train --run-dir runs/mine --compile        # a policy for small perceptrons, in a quarter of an hour
+  rlsched train --preset shipped --compile           # two trainings, whose policies become one: as the one that ships
   rlsched train --run-dir runs/relu --activation relu --hidden 32 32 --timesteps 1000000
   rlsched train --engine ray --workers 64 --address auto    # on a Ray cluster of which this machine is a part
   tensorboard --logdir runs                          # watch it
@@ -30,7 +31,9 @@ examples:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Beside its own, an option for each field of TrainConfig."""
     parser.description = TRAIN
-    presets = f"where the other options start from: {', '.join(PRESETS)}, or a {SUFFIX} file of settings"
+    presets = (
+        f"where the other options start from: {', '.join([*PRESETS, *COMMITTEES])}, or a {SUFFIX} file of settings"
+    )
     parser.add_argument("--preset", default="default", help=f"{presets} (default: default)")
     parser.add_argument("--run-dir", "--log-dir", help="folder of the run: checkpoint, TensorBoard log, policy file")
     types = typing.get_type_hints(TrainConfig)
@@ -56,11 +59,14 @@ def _shown(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
-def _config(options: argparse.Namespace) -> TrainConfig:
-    start = preset(options.preset)
-    given = {field.name: getattr(options, field.name, None) for field in fields(TrainConfig)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    return TrainConfig(**{"run_dir": f"runs/{Path(options.preset).stem}", **start, **given})
+def _configs(options: argparse.Namespace) -> list[TrainConfig]:
+    """What is to be trained: one policy, or the members of a committee, each in a folder of its own."""
+    members = COMMITTEES.get(options.preset)
+    starts = {"": preset(options.preset)} if members is None else members
+    asked = {field.name: getattr(options, field.name, None) for field in fields(TrainConfig)}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v is not None}
+    folder = Path(given.pop("run_dir", f"runs/{Path(options.preset).stem}"))
+    return [TrainConfig(**{**start, **given, "run_dir": folder / name}) for name, start in starts.items()]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -68,20 +74,27 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from rlsched.agents import train
+    from rlsched.agents.ppo import POLICY
+    from rlsched.committee import committee_of
 
-    config = _config(options)
-    torch.set_num_threads(min(config.processes, os.cpu_count() or 1))
-    run_dir = Path(config.run_dir)
-    print(f"training in {run_dir}; watch it with: tensorboard --logdir {run_dir}", file=sys.stderr)
-    policy = train(config)
-    scores = policy.info["evaluation"]
-    print(
-        f"policy      {run_dir / 'policy.safetensors'}\n"
-        f"TensorBoard {run_dir}\n"
-        f"return      {scores['return']:.3f}   (log of first over last validation loss, mean over the same "
-        f"{config.eval_episodes} episodes)\n"
-        f"base        {scores['return_of_zero_policy']:.3f}   (the base schedule, from the same base learning rates)\n"
-        f"regret      {scores['regret']:.3f}   (what is missing to the base schedule from the best of several base "
-        f"learning rates)\n"
-        f"better in   {scores['share_better']:.0%} of the episodes"
-    )
+    configs = _configs(options)
+    policies = []
+    for config in configs:
+        torch.set_num_threads(min(config.processes, os.cpu_count() or 1))
+        run_dir = Path(config.run_dir)
+        print(f"training in {run_dir}; watch it with: tensorboard --logdir {run_dir}", file=sys.stderr)
+        policies.append(train(config))
+        scores = policies[-1].info["evaluation"]
+        print(
+            f"policy      {run_dir / POLICY}\n"
+            f"TensorBoard {run_dir}\n"
+            f"return      {scores['return']:.3f}   (log of first over last validation loss, mean over the same "
+            f"{config.eval_episodes} episodes)\n"
+            f"base        {scores['return_of_zero_policy']:.3f}   (the base schedule, from the same base learning "
+            f"rates)\n"
+            f"regret      {scores['regret']:.3f}   (what is missing to the base schedule from the best of several base "
+            f"learning rates)\n"
+            f"better in   {scores['share_better']:.0%} of the episodes"
+        )
+    if len(policies) > 1:
+        print(f"committee   {committee_of(policies).save(Path(configs[0].run_dir).parent / POLICY)}")

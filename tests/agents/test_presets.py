@@ -3,18 +3,20 @@
 import re
 
 import pytest
+from helpers import lively_policy
 
-from rlsched.agents.commands.train import _config
-from rlsched.agents.config import PRESETS, TrainConfig
+from rlsched.agents.commands.train import _configs
+from rlsched.agents.config import COMMITTEES, PRESETS, TrainConfig
 from rlsched.agents.presets import preset, write_preset
-from rlsched.cli import _parser
+from rlsched.cli import _parser, main
+from rlsched.policy import SchedulePolicy
 
 
 def test_what_was_written_is_what_is_trained(tmp_path):
     """A best configuration that loses a setting on its way to a file is another one, and nobody would notice."""
     there = TrainConfig(hidden=(8, 5), learning_rate=1e-5, averaging=3, tasks="small", privileged_critic=True)
     path = write_preset(tmp_path / "mine.toml", ["found"], {"all": there.hyperparameters()})
-    config = _config(_parser().parse_args(["train", "--preset", str(path), "--seed", "7"]))
+    (config,) = _configs(_parser().parse_args(["train", "--preset", str(path), "--seed", "7"]))
     assert config.hyperparameters() == {**there.hyperparameters(), "seed": 7}
     assert config.run_dir == "runs/mine"
 
@@ -45,7 +47,7 @@ def test_file_that_is_none_is_told_in_a_line(text, message, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        _config(_parser().parse_args(["train", "--preset", str(path)]))
+        _configs(_parser().parse_args(["train", "--preset", str(path)]))
 
 
 def test_preset_that_is_not_there_says_what_there_is():
@@ -54,3 +56,25 @@ def test_preset_that_is_not_there_says_what_there_is():
         preset("best")
     with pytest.raises(FileNotFoundError):
         preset("best.toml")
+
+
+@pytest.mark.parametrize("name", COMMITTEES)
+def test_committee_is_trained_by_one_command(name, monkeypatch, tmp_path, capsys):
+    """Whoever trains the shipped policy again would have to know what it is made of; or would get one of its parts."""
+    trained = []
+
+    def train(config):
+        trained.append(config)
+        policy = lively_policy(len(trained), config.observations, config.controls)
+        policy.info["evaluation"] = dict.fromkeys(("return", "return_of_zero_policy", "regret", "share_better"), 0.5)
+        return policy
+
+    monkeypatch.setattr("rlsched.agents.train", train)
+    run_dir = tmp_path / "mine"
+    assert main(["train", "--preset", name, "--run-dir", str(run_dir), "--seed", "7"]) == 0
+    assert [config.run_dir for config in trained] == [str(run_dir / each) for each in COMMITTEES[name]]
+    for config, settings in zip(trained, COMMITTEES[name].values(), strict=True):
+        assert config.seed == 7 and {key: getattr(config, key) for key in settings} == settings
+    assert f"committee   {run_dir / 'policy.safetensors'}" in capsys.readouterr().out
+    made = SchedulePolicy.load(run_dir / "policy.safetensors")
+    assert made.actor.hidden == (8 * len(trained),)
