@@ -143,7 +143,7 @@ RANGES = {
     "schedule.lr_offset": (-math.inf, 0.0),
     "schedule.ceiling": (LR.low, LR.high + LR.step),
     "schedule.bound": (LR.low, LR.high),
-    "schedule.probing": (0, 1),
+    "schedule.probing": (0.0, 1.0),
     "schedule.window_start": COUNTED,
     "schedule.window_end": COUNTED,
     "meter.average_norm": (0.0, math.inf),

@@ -461,3 +461,21 @@ def test_mutated_state_of_the_optimizer_is_loaded_whole_or_not_at_all(mutations)
     except Exception:
         assert everything(*parts) == before
         train(*parts[:2], range(2, 4))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 15])
+def test_run_that_starts_at_a_part_of_what_is_safe_is_resumed(stop):
+    """The part was taken for a yes or a no, and no checkpoint of such a run could be loaded."""
+
+    def optimizer(model):
+        inner = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+        return ScheduledOptimizer(inner, total_steps=30, policy=lively_policy(safe_start=0.3))
+
+    model, other = network(), network()
+    one = optimizer(model)
+    train(model, one, range(stop))
+    other.load_state_dict(model.state_dict())
+    again = optimizer(other)
+    again.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert train(model, one, range(stop, 30)) == train(other, again, range(stop, 30))
+    assert_same_weights(model, other)
