@@ -73,7 +73,7 @@ class Controller(TrainingRun):
     def __init__(self, optimizer: Optimizer, **options: Unpack[Options]) -> None:
         self.options = given = ScheduleOptions(**options)
         self.optimizer = optimizer
-        self.policy = given.loaded_policy()
+        self.policy = given.loaded_policy(optimizer)
         self.log = RunLog(given.log_dir, given.writer, getattr(self.policy, "trace", None))
         self.is_prepared = False
         self._halves = HalfPrecision()

@@ -106,7 +106,8 @@ class ScheduledOptimizer(Optimizer):
             ends. The policy takes such a run for one in its first half, of a length that doubles as often as need be;
             the one that ships was not trained for it.
         policy: name of a shipped policy, path to a policy file, `http://host:port` of a server (`rlsched serve`), or
-            any `rlsched.policy.Policy`.
+            any `rlsched.policy.Policy`. "default" is the shipped one that suits the optimizer: for SGD without momentum
+            it is "perceptrons".
         controls: what the policy may change, of `rlsched.control.CONTROLS`; by default all that it knows to move.
             With none of them the learning rate follows the base schedule exactly, and all else stays.
         decisions: about how many times in the run the policy decides.

@@ -125,10 +125,11 @@ def attach_all(optimizers: Iterable[Optimizer], **options: Unpack[Options]) -> P
     for name in ("model", "writer"):
         if given.get(name) is not None:
             raise ValueError(f"{name} is of one run: give Population the controllers of attach(…, {name}=…)")
-    given["policy"] = ScheduleOptions(**options).loaded_policy()
+    driven = list(optimizers)
+    given["policy"] = ScheduleOptions(**options).loaded_policy(*driven)
     controllers: list[Controller] = []
     try:
-        for i, optimizer in enumerate(optimizers):
+        for i, optimizer in enumerate(driven):
             own = given if given.get("log_dir") is None else {**given, "log_dir": Path(given["log_dir"]) / str(i)}
             controllers.append(attach(optimizer, **own))
         return Population(controllers)

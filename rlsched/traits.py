@@ -22,6 +22,13 @@ class Traits(NamedTuple):
     own_scale: bool  # its learning rate is a factor on a scale that it finds by itself
 
 
+def is_plain(optimizer: Optimizer) -> bool:
+    """Whether it is SGD without momentum."""
+    traits = traits_of(optimizer)
+    has_none = all(group.get("momentum", 1) == 0 for group in optimizer.param_groups)
+    return has_none and traits.sums_gradients and not traits.adaptive
+
+
 def traits_of(optimizer: Optimizer) -> Traits:
     """The traits of an optimizer, by its groups and by the names of its class and of those that it derives from."""
     names = {kind.__name__ for kind in type(optimizer).__mro__}

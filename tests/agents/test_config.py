@@ -86,7 +86,8 @@ def test_interface_is_that_of_the_initial_policy():
     """Whoever trains a policy further would have to type its twenty observations, and could leave out one."""
     policy = SchedulePolicy.load("default")
     config = TrainConfig(initial_policy="default", safe_start=0.5)
-    assert (config.observations, config.controls, config.hidden) == (policy.observations, policy.controls, (64, 64))
+    assert (config.observations, config.controls) == (policy.observations, policy.controls)
+    assert config.hidden == policy.actor.hidden != TrainConfig().hidden
     assert (config.safe_start, config.base_schedule) == (0.5, policy.base_schedule.name)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rlsched import SchedulePolicy
+from rlsched.agents.config import COMMITTEES, TrainConfig
 from rlsched.experiments.compare.run import Trial, perform
 from rlsched.experiments.compare.tasks import digits
 from rlsched.policy import available
@@ -21,8 +22,20 @@ def test_default_policy_ships():
 def test_shipped_policy_says_how_it_was_trained_and_scored(name):
     """A policy of unknown origin cannot be reproduced, judged or trusted."""
     info = SchedulePolicy.load(name).info
-    assert info["training"]["timesteps_done"] > 0
-    assert info["evaluation"]["return"] > info["evaluation"]["return_of_zero_policy"]
+    for trained in info.get("committee", [info]):
+        assert trained["training"]["timesteps_done"] > 0
+        assert trained["evaluation"]["return"] > trained["evaluation"]["return_of_zero_policy"]
+
+
+def test_default_policy_is_the_committee_that_a_command_trains_again():
+    """The one policy that everybody has would be one that nobody can make again."""
+    policy, members = SchedulePolicy.load("default"), COMMITTEES["shipped"].values()
+    assert len(policy.info["committee"]) == len(members)
+    for made, settings in zip(policy.info["committee"], members, strict=True):
+        asked = TrainConfig(**settings)
+        for name in ("tasks", "num_envs", "timesteps", "hidden", "batch_size", "n_epochs", "seed", "learning_rate"):
+            there = made["training"][name]
+            assert (tuple(there) if isinstance(there, list) else there) == getattr(asked, name), name
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
