@@ -40,11 +40,14 @@ CHANCE = {
     "regression-by-heart": 1.0,
     "two-heads": math.log(6) + 1,
     "autoencoder": 1.0,
+    "autoencoder-tanh": 1.0,
     "conv": math.log(8),
     "conv-batch-norm": math.log(8),
     "recurrent": math.log(8),
     "recurrent-many-tokens": math.log(160),
     "recurrent-source-code": math.log(48),
+    "recurrent-plain": math.log(64),
+    "attention-plain": math.log(64),
     "attention": math.log(12),
     "attention-copying": math.log(12),
     "attention-source-code": math.log(48),
@@ -56,6 +59,8 @@ LEFT = {
     "recurrent-many-tokens": (0.95, 0.85),
     "recurrent-source-code": (0.9, 0.85),
     "attention-source-code": (0.9, 0.85),
+    "recurrent-plain": (0.9, 0.85),
+    "attention-plain": (0.9, 0.85),
     "regression-by-heart": (0.8, 0.6),
 }
 BY_HEART = {
