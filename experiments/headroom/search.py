@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from rlsched.base_schedule import START
 from rlsched.control import CONTROLS, base_values, decided
 from rlsched.experiments.benchmark.bases import Base
 from rlsched.experiments.benchmark.methods import BASELINES, COSINE, Drive, Parameters
@@ -55,7 +56,7 @@ class Course:
     def factor(self, progress: float) -> float:
         """On the highest learning rate, after this fraction of the run."""
         if progress < self.warm_up:
-            return (progress + 0.01) / (self.warm_up + 0.01)
+            return START + (1 - START) * progress / self.warm_up
         start = max(self.plateau, self.warm_up)
         return 1.0 if progress <= start else float(((1 - progress) / (1 - start)) ** self.power)
 
