@@ -228,10 +228,21 @@ _SEEN_BY_PERCEPTRONS = (
     *("grad_norm_change", "grad_norm_noise", "clip_fraction", "momentum", "clip", "adaptive", "lr"),
 )
 _PERCEPTRONS: dict[str, Any] = {"observations": _SEEN_BY_PERCEPTRONS, "controls": ("lr", "momentum", "clip")}
-# Trainings whose policies become one, by the name of that, and their own.
-COMMITTEES: dict[str, dict[str, dict[str, Any]]] = {
-    "shipped": {
-        "perceptrons": _PERCEPTRONS,
-        "short": {**_BROAD, "tasks": "short", "num_envs": 672, "batch_size": 2688},
-    }
+
+
+class Committee(NamedTuple):
+    """Trainings whose policies become one."""
+
+    members: dict[str, dict[str, Any]]  # by their names
+    bolder: float  # how much it is then, see `rlsched.committee.bolder`
+
+
+COMMITTEES: dict[str, Committee] = {
+    "shipped": Committee(
+        {
+            "perceptrons": _PERCEPTRONS,
+            "short": {**_BROAD, "tasks": "short", "num_envs": 672, "batch_size": 2688},
+        },
+        bolder=0.2,
+    )
 }

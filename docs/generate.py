@@ -306,8 +306,9 @@ def config() -> str:
     members = "\n".join(
         f"| `{name}` | `{member}` | {', '.join(f'`{key}` {_default(value)}' for key, value in of.items())} |"
         for name, committee in COMMITTEES.items()
-        for member, of in committee.items()
+        for member, of in committee.members.items()
     )
+    boldness = "; ".join(f"{of.bolder:g} (`{name}`)" for name, of in COMMITTEES.items())
     return f"""\
 # What can be set of a training
 
@@ -329,7 +330,7 @@ length of a training is counted in *timesteps*, decisions over all inner runs.
 {presets}
 
 Some are several trainings, in folders of their own, whose policies become one ([their
-committee](training.md#how-it-is-learned)):
+committee, and bolder](training.md#how-it-is-learned), by {boldness}):
 
 | preset | member | sets |
 |---|---|---|

@@ -1,15 +1,20 @@
-"""Several policies as one: a committee, which does what its members would do on average.
+"""Several policies as one: a committee, which does what its members would do on average; and a bolder policy of one.
 
 Policies of one kind that were trained apart err apart, and their mean errs less (Breiman 1996, "Bagging Predictors").
+
+What they all learn is too careful. PPO explores by noise on the actions, in training alone; the learning rate strays by
+it, and one that strays too high costs more than one that strays too low. So they learn to keep off what is best.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 
 import torch
 
 from rlsched.actors import Perceptron
+from rlsched.control import LR
 from rlsched.policy import SchedulePolicy
 
 
@@ -57,6 +62,34 @@ def committee_of(policies: Sequence[SchedulePolicy]) -> SchedulePolicy:
         domain=domain,
         base_schedule=members[0].base_schedule,
         info={"committee": [{"digest": member.digest, **member.info} for member in members]},
+    )
+
+
+def bolder(policy: SchedulePolicy, by: float) -> SchedulePolicy:
+    """A policy with so much more on each of its actions on the learning rate, before they are bounded.
+
+    Args:
+        policy: a perceptron that moves the learning rate.
+        by: how much, in [-1, 1]: an action of 1 raises the learning rate by a factor of 2 in the first fifth of a run,
+            and by 1.28 later.
+
+    Raises:
+        ValueError: the number is out of its range, or the policy is none of this.
+    """
+    if not -1 <= by <= 1:
+        raise ValueError(f"by must be in [-1, 1], got {by!r}")
+    if policy.actor.name != Perceptron.name or LR.name not in policy.controls:
+        raise ValueError(f"policy must be a perceptron that moves {LR.name!r}, got {policy!r}, of {policy.controls}")
+    actor = deepcopy(policy.actor)
+    actor.state_dict()[f"layers.{len(actor.hidden)}.bias"][policy.controls.index(LR.name)] += by
+    return SchedulePolicy(
+        actor,
+        policy.observations,
+        policy.controls,
+        safe_start=policy.safe_start,
+        domain=policy.domain,
+        base_schedule=policy.base_schedule,
+        info={**policy.info, "bolder": by},
     )
 
 

@@ -178,10 +178,10 @@ CONTROLS: Mapping[str, Control] = {
             "lr",
             "log of the factor on the learning rate of the base schedule",
             low=-7.0,
-            high=7.0,
+            high=9.0,  # Adam's usual 0.001 is 30 times too low for small networks, and a user's may be 100 times lower
             step=0.25,
             early_step=0.7,
-            seen=Seen(0.0, 5.0, -1.4, 1.4),
+            seen=Seen(0.0, 5.0, -1.4, 1.8),
         ),
         _Momentum(
             "momentum",

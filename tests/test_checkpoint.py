@@ -158,8 +158,8 @@ FORGED = {
     "NaN for a control": (["schedule", 0, "control", "lr"], math.nan, r"schedule\[0\].control.lr must be finite"),
     "control out of range": (
         ["schedule", 0, "control", "lr"],
-        9.0,
-        r"schedule\[0\].control.lr must be in \[-7, 7\], got 9.0",
+        11.0,
+        r"schedule\[0\].control.lr must be in \[-7, 9\], got 11.0",
     ),
     "number as text": (["schedule", 0, "lr_offset"], "0", r"schedule\[0\].lr_offset must be a number, got '0'"),
     "truth for a number": (["schedule", 0, "control", "clip"], True, r"schedule\[0\].control.clip must be a number"),
@@ -183,7 +183,7 @@ FORGED = {
     ),
     "guard with a key": (["guard", "wings"], 1, r"another version of rlsched: guard has an unknown 'wings'"),
     "guard of numbers": (["guard"], 3, r"guard must be a dict, got 3"),
-    "ceiling": (["schedule", 0, "bound"], math.nan, r"schedule\[0\].bound must be finite and in \[-7, 7\]"),
+    "ceiling": (["schedule", 0, "bound"], math.nan, r"schedule\[0\].bound must be finite and in \[-7, 9\]"),
     "count": (["guard", "nonfinite"], "many", r"guard.nonfinite must be an int, got 'many'"),
     "interventions": (
         ["guard", "interventions"],
@@ -214,8 +214,8 @@ FORGED = {
     ),
     "ceiling of the schedule": (
         ["schedule", 0, "ceiling"],
-        8.0,
-        r"schedule\[0\].ceiling must be finite and in \[-7, 7.25\], got 8.0",
+        10.0,
+        r"schedule\[0\].ceiling must be finite and in \[-7, 9.25\], got 10.0",
     ),
     "noise": (["guard", "noise"], -1.0, r"guard.noise must be finite and in \[0, inf\], got -1.0"),
     "loss beyond floats": (["guard", "first"], 1e300, r"guard.first must be finite and in \[-104, 89\]"),

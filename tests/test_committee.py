@@ -7,12 +7,19 @@ from helpers import lively_policy
 from rlsched import SchedulePolicy
 from rlsched.actors import Perceptron, Recurrent
 from rlsched.cli import main
-from rlsched.committee import committee_of
+from rlsched.committee import bolder, committee_of
 from rlsched.domain import Domain
 from rlsched.signals import OBSERVATION_NAMES
 
 
-def member(seed, observations=OBSERVATION_NAMES, controls=("lr", "clip"), hidden=(8, 5), kind=Perceptron, **options):
+def member(
+    seed,
+    observations=OBSERVATION_NAMES,
+    controls=("lr", "clip"),
+    hidden=(8, 5),
+    kind=Perceptron,
+    **options,
+):
     """A policy of drawn weights."""
     actor = kind(len(observations), len(controls), hidden)
     generator = torch.Generator().manual_seed(seed)
@@ -62,6 +69,42 @@ def test_what_cannot_be_one_policy_is_refused():
             committee_of(policies)
 
 
+def test_bolder_policy_says_as_much_more():
+    """More or less than what was chosen, or more of another control, would be a policy that nobody has measured."""
+    policy, observations = member(0, controls=("clip", "lr")), torch.rand(6, len(OBSERVATION_NAMES))
+    before = policy.actor(observations)[0].clone()
+    made = bolder(policy, 0.2)
+    more = made.actor(observations)[0] - before
+    torch.testing.assert_close(more, torch.tensor([0.0, 0.2]).expand(6, 2))
+    assert made.info["bolder"] == 0.2
+    assert torch.equal(policy.actor(observations)[0], before), "the policy itself stays as it is"
+
+
+def test_bolder_policy_is_the_same_in_all_else():
+    """What starts lower, or is trusted elsewhere, is another policy in more than it says."""
+    size = len(OBSERVATION_NAMES)
+    domain = Domain(torch.linspace(-1, 1, size), torch.randn(size, size).triu(), torch.tensor(2.0))
+    policy = member(0, safe_start=0.3, domain=domain, base_schedule="constant", info={"training": {"seed": 3}})
+    made = bolder(policy, 0.2)
+    assert made.safe_start == 0.3 and made.base_schedule == policy.base_schedule
+    assert made.info["training"] == {"seed": 3}
+    observations = torch.randn(20, size)
+    torch.testing.assert_close(made.influence(observations), policy.influence(observations))
+    assert made.digest != policy.digest
+
+
+def test_policy_that_cannot_be_bolder_is_refused():
+    """A percentage, or a policy that leaves the learning rate alone, would be no bolder as asked."""
+    for policy, by, said in (
+        (member(0), 20.0, r"by must be in \[-1, 1\], got 20.0"),
+        (member(0), float("nan"), r"by must be in \[-1, 1\], got nan"),
+        (member(0, controls=("clip",)), 0.2, r"a perceptron that moves 'lr', got .*\('clip',\)"),
+        (member(0, kind=Recurrent), 0.2, "must be a perceptron"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            bolder(policy, by)
+
+
 def test_command_exports_a_committee(tmp_path, capsys):
     """Whoever has trained three seeds would choose one of them and throw the others away."""
     files = [str(member(seed).save(tmp_path / f"{seed}.safetensors")) for seed in range(3)]
@@ -73,3 +116,12 @@ def test_command_exports_a_committee(tmp_path, capsys):
     assert [each["digest"] for each in made.info["committee"]] == [SchedulePolicy.load(f).digest for f in files]
     assert main(["export", files[0], files[0], "--out", str(out)]) == 1
     assert "policies must be at least two, each of them another" in capsys.readouterr().err
+
+
+def test_command_exports_a_bolder_policy(tmp_path, capsys):
+    """The number that was chosen has to get from the command to the file."""
+    file, out = member(0).save(tmp_path / "mine.safetensors"), tmp_path / "bolder.safetensors"
+    assert main(["export", str(file), "--bolder", "0.2", "--out", str(out)]) == 0
+    assert SchedulePolicy.load(out).digest == bolder(member(0), 0.2).digest
+    assert main(["export", str(file), "--bolder", "20", "--out", str(out)]) == 1
+    assert "by must be in [-1, 1], got 20.0" in capsys.readouterr().err

@@ -24,6 +24,7 @@ A checkpoint is a Stable-Baselines3 model and holds pickles: export only those t
 examples:
   rlsched export runs/mine --out mine.safetensors
   rlsched export runs/seed-0 runs/seed-1 runs/seed-2 --out mine.safetensors
+  rlsched export runs/mine --bolder 0.2 --out bolder.safetensors
   rlsched export default --format onnx --out default.onnx
   rlsched export mine.safetensors --format torchscript --out mine.pt
 """
@@ -38,17 +39,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     several = "several are exported as one, their committee, whose actions are the mean of theirs"
     parser.add_argument("source", nargs="+", help=f"{what}; {several}")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
+    bolder = "added to each action on the learning rate, in [-1, 1]: what was learnt with noise is too careful without"
+    parser.add_argument("--bolder", type=float, default=0.0, metavar="BY", help=f"{bolder} (default: 0)")
     parser.add_argument("--format", help="safetensors, onnx or torchscript (default: as the name of --out ends)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the file that the options ask for."""
-    from rlsched.committee import committee_of
+    from rlsched.committee import bolder, committee_of
     from rlsched.formats import FORMATS
 
     name = _format(options, FORMATS)
     policies = [_policy(source) for source in options.source]
     policy = policies[0] if len(policies) == 1 else committee_of(policies)
+    policy = bolder(policy, options.bolder) if options.bolder else policy
     print(f"{FORMATS[name].save(policy, options.out)}: {policy!r}")
     if name == "onnx":
         from rlsched.formats import difference

@@ -61,8 +61,8 @@ def _shown(default: Any) -> str:
 
 def _configs(options: argparse.Namespace) -> list[TrainConfig]:
     """What is to be trained: one policy, or the members of a committee, each in a folder of its own."""
-    members = COMMITTEES.get(options.preset)
-    starts = {"": preset(options.preset)} if members is None else members
+    committee = COMMITTEES.get(options.preset)
+    starts = {"": preset(options.preset)} if committee is None else committee.members
     asked = {field.name: getattr(options, field.name, None) for field in fields(TrainConfig)}
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items() if v is not None}
     folder = Path(given.pop("run_dir", f"runs/{Path(options.preset).stem}"))
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
     from rlsched.agents import train
     from rlsched.agents.ppo import POLICY
-    from rlsched.committee import committee_of
+    from rlsched.committee import bolder, committee_of
 
     configs = _configs(options)
     policies = []
@@ -96,5 +96,6 @@ def run(options: argparse.Namespace) -> None:
             f"learning rates)\n"
             f"better in   {scores['share_better']:.0%} of the episodes"
         )
-    if len(policies) > 1:
-        print(f"committee   {committee_of(policies).save(Path(configs[0].run_dir).parent / POLICY)}")
+    if options.preset in COMMITTEES:
+        whole = bolder(committee_of(policies), COMMITTEES[options.preset].bolder)
+        print(f"committee   {whole.save(Path(configs[0].run_dir).parent / POLICY)}")

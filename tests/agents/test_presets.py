@@ -72,9 +72,10 @@ def test_committee_is_trained_by_one_command(name, monkeypatch, tmp_path, capsys
     monkeypatch.setattr("rlsched.agents.train", train)
     run_dir = tmp_path / "mine"
     assert main(["train", "--preset", name, "--run-dir", str(run_dir), "--seed", "7"]) == 0
-    assert [config.run_dir for config in trained] == [str(run_dir / each) for each in COMMITTEES[name]]
-    for config, settings in zip(trained, COMMITTEES[name].values(), strict=True):
+    assert [config.run_dir for config in trained] == [str(run_dir / each) for each in COMMITTEES[name].members]
+    for config, settings in zip(trained, COMMITTEES[name].members.values(), strict=True):
         assert config.seed == 7 and {key: getattr(config, key) for key in settings} == settings
     assert f"committee   {run_dir / 'policy.safetensors'}" in capsys.readouterr().out
     made = SchedulePolicy.load(run_dir / "policy.safetensors")
     assert made.actor.hidden == (8 * len(trained),)
+    assert made.info["bolder"] == COMMITTEES[name].bolder
