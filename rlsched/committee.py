@@ -2,8 +2,8 @@
 
 Policies of one kind that were trained apart err apart, and their mean errs less (Breiman 1996, "Bagging Predictors").
 
-What they all learn is too careful. PPO explores by noise on the actions, in training alone; the learning rate strays by
-it, and one that strays too high costs more than one that strays too low. So they learn to keep off what is best.
+What they all learn is too careful. That may be PPO's doing, which explores by noise on the actions, in training alone: the
+learning rate strays by it, and too high costs more than too low. Without the noise it may be higher.
 """
 
 from __future__ import annotations
