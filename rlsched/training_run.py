@@ -156,7 +156,7 @@ class TrainingRun(ABC):
         """Report a validation loss, whenever there is one, of the weights as they are.
 
         By it a run is taken back from overfitting (`undo_overfitting`), and `should_stop` and `best` go by it. A policy
-        that was trained to looks at it too; the one that ships was not. It should be of the kind of the training loss.
+        that was trained to, as the one that ships, looks at it too. It should be of the kind of the training loss.
         Several processes should report the same, or one of them alone: the policy sees the mean over those that have
         the latest, and the others hear of it at the next decision.
 
