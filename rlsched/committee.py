@@ -2,8 +2,7 @@
 
 Policies of one kind that were trained apart err apart, and their mean errs less (Breiman 1996, "Bagging Predictors").
 
-What they all learn is too careful. That may be PPO's doing, which explores by noise on the actions, in training alone:
-the learning rate strays by it, and too high costs more than too low. Without the noise it may be higher.
+What they learn is too careful on other tasks than those that they were trained on, which `bolder` makes up for.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     several = "several are exported as one, their committee, whose actions are the mean of theirs"
     parser.add_argument("source", nargs="+", help=f"{what}; {several}")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
-    bolder = "added to each action on the learning rate, in [-1, 1]: what was learnt with noise is too careful without"
+    bolder = "added to each action on the learning rate, in [-1, 1]: what was learnt may be too careful for other tasks"
     parser.add_argument("--bolder", type=float, default=0.0, metavar="BY", help=f"{bolder} (default: 0)")
     parser.add_argument("--format", help="safetensors, onnx or torchscript (default: as the name of --out ends)")
 
