@@ -81,15 +81,7 @@ def bolder(policy: SchedulePolicy, by: float) -> SchedulePolicy:
         raise ValueError(f"policy must be a perceptron that moves {LR.name!r}, got {policy!r}, of {policy.controls}")
     actor = deepcopy(policy.actor)
     actor.state_dict()[f"layers.{len(actor.hidden)}.bias"][policy.controls.index(LR.name)] += by
-    return SchedulePolicy(
-        actor,
-        policy.observations,
-        policy.controls,
-        safe_start=policy.safe_start,
-        domain=policy.domain,
-        base_schedule=policy.base_schedule,
-        info={**policy.info, "bolder": by},
-    )
+    return policy.with_actor(actor, {**policy.info, "bolder": by})
 
 
 def _all(names: Iterable[Sequence[str]]) -> tuple[str, ...]:

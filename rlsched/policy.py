@@ -120,6 +120,11 @@ class SchedulePolicy(Shared):
         still = Perceptron(1, 1, ())
         return cls(still, ("progress",), ("lr",), safe_start=0.0, base_schedule=base_schedule, info={"name": "zero"})
 
+    def with_actor(self, actor: Actor, info: dict[str, Any]) -> SchedulePolicy:
+        """The same policy, decided by another actor, of which `info` tells; refused as when one is made."""
+        same = {name: getattr(self, name) for name in ("safe_start", "domain", "base_schedule")}
+        return SchedulePolicy(actor, self.observations, self.controls, info=info, **same)
+
     @classmethod
     def load(cls, name_or_path: str | Path) -> SchedulePolicy:
         """Load a shipped policy by its name (see `available`), or a policy file by its path. No pickle is read.

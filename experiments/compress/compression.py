@@ -19,7 +19,7 @@ from rlsched.actors import Perceptron
 from rlsched.agents.evaluation import evaluate
 from rlsched.agents.explain.decisions import Decisions, of_episodes
 from rlsched.envs.mixtures import mixture
-from rlsched.experiments.compress.smaller import in_int8, pruned, student, tree, with_actor
+from rlsched.experiments.compress.smaller import in_int8, pruned, student, tree
 from rlsched.experiments.journal import Journal
 from rlsched.experiments.table import TABLE, markdown
 from rlsched.files import locked, write
@@ -121,7 +121,7 @@ class Making:
         if kind in MAKERS:
             smaller = self._taught(kind, made)
             return smaller.save(path) if path.suffix == SUFFIX else write(path, _onnx(smaller, onnx_model(smaller)))
-        same = with_actor(self.policy, self.policy.actor, {**self.policy.info, "compressed": made})
+        same = self.policy.with_actor(self.policy.actor, {**self.policy.info, "compressed": made})
         if kind == POLICY:
             return same.save(path)
         if self._model is None:
@@ -149,7 +149,7 @@ class Making:
         learn, lessons = MAKERS[kind], self._policys_own()
         for turn in range(self.plan.rounds + 1):
             _say(f"{kind}: taught on {len(lessons.actions):,} decisions")
-            smaller = with_actor(self.policy, learn(self.policy, lessons, self.plan.seed), {"compressed": made})
+            smaller = self.policy.with_actor(learn(self.policy, lessons, self.plan.seed), {"compressed": made})
             if turn < self.plan.rounds:
                 lessons = _both(lessons, self._lesson(smaller, turn + 1))
         return smaller

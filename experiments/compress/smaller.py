@@ -21,19 +21,6 @@ LEAVES = 64  # of a tree
 STEPS, BATCH, RATE = 3_000, 256, 3e-3  # of imitation, by Adam with linear decay
 
 
-def with_actor(policy: SchedulePolicy, made: Actor, info: dict[str, Any]) -> SchedulePolicy:
-    """The same policy, decided by another actor."""
-    return SchedulePolicy(
-        made,
-        policy.observations,
-        policy.controls,
-        safe_start=policy.safe_start,
-        domain=policy.domain,
-        base_schedule=policy.base_schedule,
-        info=info,
-    )
-
-
 # --- By imitation ---------------------------------------------------------------------------------------------------
 
 
