@@ -234,7 +234,8 @@ class Committee(NamedTuple):
     """Trainings whose policies become one."""
 
     members: dict[str, dict[str, Any]]  # by their names
-    bolder: float  # how much it is then, see `rlsched.committee.bolder`
+    bolder: float  # how much it is then, and how much calmer, see `rlsched.committee`
+    calmer: float
 
 
 COMMITTEES: dict[str, Committee] = {
@@ -244,5 +245,6 @@ COMMITTEES: dict[str, Committee] = {
             "short": {**_BROAD, "tasks": "short", "num_envs": 672, "batch_size": 2688},
         },
         bolder=0.2,
+        calmer=1.8,
     )
 }

@@ -308,7 +308,7 @@ def config() -> str:
         for name, committee in COMMITTEES.items()
         for member, of in committee.members.items()
     )
-    boldness = "; ".join(f"{of.bolder:g} (`{name}`)" for name, of in COMMITTEES.items())
+    corrections = "; ".join(f"{of.bolder:g} and {of.calmer:g} (`{name}`)" for name, of in COMMITTEES.items())
     return f"""\
 # What can be set of a training
 
@@ -330,7 +330,7 @@ length of a training is counted in *timesteps*, decisions over all inner runs.
 {presets}
 
 Some are several trainings, in folders of their own, whose policies become one ([their
-committee, and bolder](training.md#how-it-is-learned), by {boldness}):
+committee, bolder, and calmer by heart](training.md#how-it-is-learned), by {corrections}):
 
 | preset | member | sets |
 |---|---|---|

@@ -1,8 +1,9 @@
-"""Several policies as one: a committee, which does what its members would do on average; and a bolder policy of one.
+"""Several policies as one: a committee, which does what its members would do on average; and one of one, corrected.
 
 Policies of one kind that were trained apart err apart, and their mean errs less (Breiman 1996, "Bagging Predictors").
 
-What they learn is too careful on other tasks than those that they were trained on, which `bolder` makes up for.
+What they learn is too careful on other tasks than those that they were trained on, which `bolder` makes up for, and too
+bold where a network learns its data by heart and no validation loss tells it, of which `calmer` takes back.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def committee_of(policies: Sequence[SchedulePolicy]) -> SchedulePolicy:
         order = [seeing[0].observations.index(name) for name in observations]
         domain = domain._replace(mean=domain.mean[order], whitening=domain.whitening[:, order])
     return SchedulePolicy(
-        _side_by_side(members, observations, controls),
+        _side_by_side(members, observations, controls, share=1 / len(members)),
         observations,
         controls,
         safe_start=min(member.safe_start for member in members),
@@ -76,12 +77,64 @@ def bolder(policy: SchedulePolicy, by: float) -> SchedulePolicy:
         ValueError: the number is out of its range, or the policy is none of this.
     """
     if not -1 <= by <= 1:
-        raise ValueError(f"by must be in [-1, 1], got {by!r}")
-    if policy.actor.name != Perceptron.name or LR.name not in policy.controls:
-        raise ValueError(f"policy must be a perceptron that moves {LR.name!r}, got {policy!r}, of {policy.controls}")
+        raise ValueError(f"bolder: by must be in [-1, 1], got {by!r}")
+    _check_moves_lr(policy)
     actor = deepcopy(policy.actor)
     actor.state_dict()[f"layers.{len(actor.hidden)}.bias"][policy.controls.index(LR.name)] += by
     return policy.with_actor(actor, {**policy.info, "bolder": by})
+
+
+def calmer(policy: SchedulePolicy, by: float) -> SchedulePolicy:
+    """A policy with as much less on its actions on the learning rate where data seem to be learnt by heart.
+
+    That is where no validation loss is told, and the training loss has all but gone, and is thrown about by the few
+    points that are left: its logarithm is about `GONE` below the first, and has a standard deviation of `THROWN`, which
+    one that falls far at once, since it began without a mean, has not.
+
+    Args:
+        policy: a perceptron of two tanh layers that moves the learning rate and sees these signs.
+        by: how much, in [0, 2], before actions are bounded.
+
+    Raises:
+        ValueError: the number is out of its range, or the policy is none of this.
+    """
+    if not 0 <= by <= 2:
+        raise ValueError(f"calmer: by must be in [0, 2], got {by!r}")
+    _check_moves_lr(policy)
+    if len(policy.actor.hidden) != 2 or policy.actor.activation != "tanh" or not {*_SIGNS} <= {*policy.observations}:
+        raise ValueError(
+            f"policy must have two layers of tanh and see {[*_SIGNS]}, it has {len(policy.actor.hidden)} of "
+            f"{policy.actor.activation} and sees {list(policy.observations)}"
+        )
+    correction = SchedulePolicy(_less_where_all_signs(by), tuple(_SIGNS), (LR.name,))
+    actor = _side_by_side([policy, correction], policy.observations, policy.controls, share=1.0)
+    return policy.with_actor(actor, {**policy.info, "calmer": by})
+
+
+GONE, THROWN = 6.0, 0.42  # in e-folds
+_SIGNS = {  # half-way, and how steeply, as observed
+    "loss_vs_first": (-GONE / 2, -1.4),
+    "loss_noise": (3 * THROWN, 4.0),
+    "validation_age": (-0.5, -8.0),
+}
+
+
+def _less_where_all_signs(by: float) -> Perceptron:
+    """From the signs, to 0 where one of them is missing and −by where all are there; between, a smooth step."""
+    actor = Perceptron(len(_SIGNS), 1, (len(_SIGNS), 1))
+    weights = actor.state_dict()
+    for i, (half_way, steepness) in enumerate(_SIGNS.values()):
+        weights["layers.0.weight"][i, i] = steepness
+        weights["layers.0.bias"][i] = -steepness * half_way
+    weights["layers.1.weight"][:] = 3.0  # tanh(3) is 1, near enough
+    weights["layers.1.bias"][:] = 3.0 * (1 - len(_SIGNS))
+    weights["layers.2.weight"][:] = weights["layers.2.bias"][:] = -by / 2
+    return actor
+
+
+def _check_moves_lr(policy: SchedulePolicy) -> None:
+    if policy.actor.name != Perceptron.name or LR.name not in policy.controls:
+        raise ValueError(f"policy must be a perceptron that moves {LR.name!r}, got {policy!r}, of {policy.controls}")
 
 
 def _all(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
@@ -89,8 +142,10 @@ def _all(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for each in names for name in each))
 
 
-def _side_by_side(members: list[SchedulePolicy], observations: Sequence[str], controls: Sequence[str]) -> Perceptron:
-    """The perceptron whose layers are blocks of the members'."""
+def _side_by_side(
+    members: list[SchedulePolicy], observations: Sequence[str], controls: Sequence[str], share: float
+) -> Perceptron:
+    """The perceptron whose layers are blocks of the members', and whose outputs are `share` times the sum of theirs."""
     widths = [sum(layer) for layer in zip(*(member.actor.hidden for member in members), strict=True)]
     actor = Perceptron(len(observations), len(controls), widths, members[0].actor.activation)
     whole, last = actor.state_dict(), len(widths)  # the actor's own tensors, and no copies
@@ -105,7 +160,7 @@ def _side_by_side(members: list[SchedulePolicy], observations: Sequence[str], co
                 columns = torch.tensor([observations.index(name) for name in member.observations])
             if depth == last:
                 rows = torch.tensor([controls.index(name) for name in member.controls])
-                weight, bias = weight / len(members), bias / len(members)
+                weight, bias = weight * share, bias * share
             whole[f"layers.{depth}.weight"][rows[:, None], columns] += weight
             whole[f"layers.{depth}.bias"][rows] += bias
             row[depth], column[depth] = row[depth] + outputs, column[depth] + inputs

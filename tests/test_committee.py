@@ -7,7 +7,7 @@ from helpers import lively_policy
 from rlsched import SchedulePolicy
 from rlsched.actors import Perceptron, Recurrent
 from rlsched.cli import main
-from rlsched.committee import bolder, committee_of
+from rlsched.committee import bolder, calmer, committee_of
 from rlsched.domain import Domain
 from rlsched.signals import OBSERVATION_NAMES
 
@@ -96,13 +96,51 @@ def test_bolder_policy_is_the_same_in_all_else():
 def test_policy_that_cannot_be_bolder_is_refused():
     """A percentage, or a policy that leaves the learning rate alone, would be no bolder as asked."""
     for policy, by, said in (
-        (member(0), 20.0, r"by must be in \[-1, 1\], got 20.0"),
-        (member(0), float("nan"), r"by must be in \[-1, 1\], got nan"),
+        (member(0), 20.0, r"bolder: by must be in \[-1, 1\], got 20.0"),
+        (member(0), float("nan"), r"bolder: by must be in \[-1, 1\], got nan"),
         (member(0, controls=("clip",)), 0.2, r"a perceptron that moves 'lr', got .*\('clip',\)"),
         (member(0, kind=Recurrent), 0.2, "must be a perceptron"),
     ):
         with pytest.raises(ValueError, match=said):
             bolder(policy, by)
+
+
+def seen(**observations):
+    """What a policy sees, (1, observations), all else 0."""
+    return torch.tensor([[float(observations.get(name, 0.0)) for name in OBSERVATION_NAMES]])
+
+
+def test_calmer_policy_takes_back_where_a_loss_that_is_gone_is_thrown_about_and_nowhere_else():
+    """A loss that fell far because it began without a mean would never be learnt from again; where data are learnt by
+    heart, the learning rate would be raised a thousand times."""
+    policy = member(0, controls=("clip", "lr"))
+    made = calmer(policy, 1.8)
+    for fall, deviation, age, expected in (
+        (0.0, 0.0, -1.0, 0.0),  # a run that begins
+        (10.0, 0.1, -1.0, 0.0),  # the mean of a regression was learnt
+        (1.0, 0.6, -1.0, 0.0),  # few points in a mini-batch
+        (10.0, 0.6, 0.1, 0.0),  # by heart, which validation losses tell and the wrapper undoes
+        (10.0, 0.6, -1.0, 1.8),  # by heart
+        (6.0, 0.6, -1.0, 0.9),  # half-way
+        (10.0, 0.42, -1.0, 0.9),
+    ):
+        observation = seen(loss_vs_first=-fall / 2, loss_noise=3 * deviation, validation_age=age)
+        less = policy.actor(observation)[0] - made.actor(observation)[0]
+        torch.testing.assert_close(less, torch.tensor([[0.0, expected]]), atol=0.1, rtol=0)
+    assert made.info["calmer"] == 1.8 and made.safe_start == policy.safe_start
+
+
+def test_policy_that_cannot_be_calmer_is_refused():
+    """A policy that does not see the signs would be calmer nowhere, or everywhere."""
+    for policy, by, said in (
+        (member(0), -0.1, r"calmer: by must be in \[0, 2\], got -0.1"),
+        (member(0), float("nan"), r"calmer: by must be in \[0, 2\], got nan"),
+        (member(0, controls=("clip",)), 1.0, r"a perceptron that moves 'lr'"),
+        (member(0, hidden=(8,)), 1.0, r"two layers of tanh and see .*, it has 1 of tanh"),
+        (member(0, ("progress", "loss_noise")), 1.0, r"see \['loss_vs_first', .* sees \['progress',"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            calmer(policy, by)
 
 
 def test_command_exports_a_committee(tmp_path, capsys):
@@ -123,5 +161,8 @@ def test_command_exports_a_bolder_policy(tmp_path, capsys):
     file, out = member(0).save(tmp_path / "mine.safetensors"), tmp_path / "bolder.safetensors"
     assert main(["export", str(file), "--bolder", "0.2", "--out", str(out)]) == 0
     assert SchedulePolicy.load(out).digest == bolder(member(0), 0.2).digest
-    assert main(["export", str(file), "--bolder", "20", "--out", str(out)]) == 1
-    assert "by must be in [-1, 1], got 20.0" in capsys.readouterr().err
+    assert main(["export", str(file), "--bolder", "0.2", "--calmer", "1.8", "--out", str(out)]) == 0
+    assert SchedulePolicy.load(out).digest == calmer(bolder(member(0), 0.2), 1.8).digest
+    for option in ("bolder", "calmer"):
+        assert main(["export", str(file), f"--{option}", "20", "--out", str(out)]) == 1
+        assert f"{option}: by must be in [" in capsys.readouterr().err

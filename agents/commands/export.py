@@ -24,7 +24,7 @@ A checkpoint is a Stable-Baselines3 model and holds pickles: export only those t
 examples:
   rlsched export runs/mine --out mine.safetensors
   rlsched export runs/seed-0 runs/seed-1 runs/seed-2 --out mine.safetensors
-  rlsched export runs/mine --bolder 0.2 --out bolder.safetensors
+  rlsched export runs/mine --bolder 0.2 --calmer 1.8 --out bolder.safetensors
   rlsched export default --format onnx --out default.onnx
   rlsched export mine.safetensors --format torchscript --out mine.pt
 """
@@ -41,18 +41,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="file to write")
     bolder = "added to each action on the learning rate, in [-1, 1]: what was learnt may be too careful for other tasks"
     parser.add_argument("--bolder", type=float, default=0.0, metavar="BY", help=f"{bolder} (default: 0)")
+    calmer = "taken from it where no validation loss is told and the training loss is gone, as by data learnt by heart"
+    parser.add_argument("--calmer", type=float, default=0.0, metavar="BY", help=f"{calmer}, in [0, 2] (default: 0)")
     parser.add_argument("--format", help="safetensors, onnx or torchscript (default: as the name of --out ends)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the file that the options ask for."""
-    from rlsched.committee import bolder, committee_of
+    from rlsched.committee import bolder, calmer, committee_of
     from rlsched.formats import FORMATS
 
     name = _format(options, FORMATS)
     policies = [_policy(source) for source in options.source]
     policy = policies[0] if len(policies) == 1 else committee_of(policies)
     policy = bolder(policy, options.bolder) if options.bolder else policy
+    policy = calmer(policy, options.calmer) if options.calmer else policy
     print(f"{FORMATS[name].save(policy, options.out)}: {policy!r}")
     if name == "onnx":
         from rlsched.formats import difference

@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
     from rlsched.agents import train
     from rlsched.agents.ppo import POLICY
-    from rlsched.committee import bolder, committee_of
+    from rlsched.committee import bolder, calmer, committee_of
 
     configs = _configs(options)
     policies = []
@@ -97,5 +97,6 @@ def run(options: argparse.Namespace) -> None:
             f"better in   {scores['share_better']:.0%} of the episodes"
         )
     if options.preset in COMMITTEES:
-        whole = bolder(committee_of(policies), COMMITTEES[options.preset].bolder)
+        committee = COMMITTEES[options.preset]
+        whole = calmer(bolder(committee_of(policies), committee.bolder), committee.calmer)
         print(f"committee   {whole.save(Path(configs[0].run_dir).parent / POLICY)}")

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from helpers import lively_policy
 
+from rlsched.actors import Perceptron
 from rlsched.agents.commands.train import _configs
 from rlsched.agents.config import COMMITTEES, PRESETS, TrainConfig
 from rlsched.agents.presets import preset, write_preset
@@ -65,7 +65,8 @@ def test_committee_is_trained_by_one_command(name, monkeypatch, tmp_path, capsys
 
     def train(config):
         trained.append(config)
-        policy = lively_policy(len(trained), config.observations, config.controls)
+        actor = Perceptron(len(config.observations), len(config.controls), config.hidden)
+        policy = SchedulePolicy(actor, config.observations, config.controls)
         policy.info["evaluation"] = dict.fromkeys(("return", "return_of_zero_policy", "regret", "share_better"), 0.5)
         return policy
 
@@ -77,5 +78,5 @@ def test_committee_is_trained_by_one_command(name, monkeypatch, tmp_path, capsys
         assert config.seed == 7 and {key: getattr(config, key) for key in settings} == settings
     assert f"committee   {run_dir / 'policy.safetensors'}" in capsys.readouterr().out
     made = SchedulePolicy.load(run_dir / "policy.safetensors")
-    assert made.actor.hidden == (8 * len(trained),)
-    assert made.info["bolder"] == COMMITTEES[name].bolder
+    assert len(made.info["committee"]) == len(trained)
+    assert made.info["bolder"] == COMMITTEES[name].bolder and made.info["calmer"] == COMMITTEES[name].calmer

@@ -29,8 +29,8 @@ def test_shipped_policy_says_how_it_was_trained_and_scored(name):
 
 def test_default_policy_is_the_committee_that_a_command_trains_again():
     """The one policy that everybody has would be one that nobody can make again."""
-    policy, (members, bolder) = SchedulePolicy.load("default"), COMMITTEES["shipped"]
-    assert policy.info["bolder"] == bolder
+    policy, (members, bolder, calmer) = SchedulePolicy.load("default"), COMMITTEES["shipped"]
+    assert policy.info["bolder"] == bolder and policy.info["calmer"] == calmer
     for made, settings in zip(policy.info["committee"], members.values(), strict=True):
         asked = TrainConfig(**settings)
         for name in ("tasks", "num_envs", "timesteps", "hidden", "batch_size", "n_epochs", "seed", "learning_rate"):
