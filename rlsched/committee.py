@@ -87,12 +87,13 @@ def bolder(policy: SchedulePolicy, by: float) -> SchedulePolicy:
 def calmer(policy: SchedulePolicy, by: float) -> SchedulePolicy:
     """A policy with as much less on its actions on the learning rate where data seem to be learnt by heart.
 
-    That is where no validation loss is told, and the training loss has all but gone, and is thrown about by the few
-    points that are left: its logarithm is about `GONE` below the first, and has a standard deviation of `THROWN`, which
-    one that falls far at once, since it began without a mean, has not.
+    That is where no validation loss is told, and the training loss has all but gone; its gradient has gone with it, and
+    points against the weights, so that the loss falls on as they grow (Soudry et al. 2018, "The Implicit Bias of
+    Gradient Descent on Separable Data"); and the few points that are left throw it about. A regression shows some of
+    these signs where it began without a mean, is exact, or has a handful of points in a mini-batch, but not all.
 
     Args:
-        policy: a perceptron of two tanh layers that moves the learning rate and sees these signs.
+        policy: a perceptron of two tanh layers that moves the learning rate and sees all this.
         by: how much, in [0, 2], before actions are bounded.
 
     Raises:
@@ -111,11 +112,12 @@ def calmer(policy: SchedulePolicy, by: float) -> SchedulePolicy:
     return policy.with_actor(actor, {**policy.info, "calmer": by})
 
 
-GONE, THROWN = 6.0, 0.42  # in e-folds
 _SIGNS = {  # half-way, and how steeply, as observed
-    "loss_vs_first": (-GONE / 2, -1.4),
-    "loss_noise": (3 * THROWN, 4.0),
-    "validation_age": (-0.5, -8.0),
+    "loss_vs_first": (-3.0, -1.4),  # e^-6 of what it was
+    "grad_norm_change": (-1.9, -2.5),  # e^-1.9
+    "grad_weights_cosine": (-0.05, -12.0),  # a cosine of −0.025
+    "loss_noise": (1.26, 4.0),  # a standard deviation of 0.42
+    "validation_age": (-0.5, -8.0),  # none
 }
 
 

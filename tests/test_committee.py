@@ -110,21 +110,29 @@ def seen(**observations):
     return torch.tensor([[float(observations.get(name, 0.0)) for name in OBSERVATION_NAMES]])
 
 
-def test_calmer_policy_takes_back_where_a_loss_that_is_gone_is_thrown_about_and_nowhere_else():
-    """A loss that fell far because it began without a mean would never be learnt from again; where data are learnt by
-    heart, the learning rate would be raised a thousand times."""
+def test_calmer_policy_takes_back_where_data_are_learnt_by_heart_and_nowhere_else():
+    """A regression whose loss fell far, since it began without a mean or is exact, would hardly be learnt on; where
+    data are learnt by heart, the learning rate would be raised a thousand times."""
     policy = member(0, controls=("clip", "lr"))
     made = calmer(policy, 1.8)
-    for fall, deviation, age, expected in (
-        (0.0, 0.0, -1.0, 0.0),  # a run that begins
-        (10.0, 0.1, -1.0, 0.0),  # the mean of a regression was learnt
-        (1.0, 0.6, -1.0, 0.0),  # few points in a mini-batch
-        (10.0, 0.6, 0.1, 0.0),  # by heart, which validation losses tell and the wrapper undoes
-        (10.0, 0.6, -1.0, 1.8),  # by heart
-        (6.0, 0.6, -1.0, 0.9),  # half-way
-        (10.0, 0.42, -1.0, 0.9),
+    by_heart = {
+        "loss_vs_first": -4.0,
+        "grad_norm_change": -3.0,
+        "grad_weights_cosine": -0.3,
+        "loss_noise": 2.0,
+        "validation_age": -1.0,
+    }
+    for missing, expected in (
+        ({}, 1.8),
+        (dict.fromkeys(by_heart, 0.0), 0.0),
+        ({"loss_vs_first": -1.5}, 0.0),
+        ({"grad_norm_change": -1.0}, 0.0),  # the mean of a regression was learnt
+        ({"grad_weights_cosine": 0.1}, 0.0),
+        ({"loss_noise": 0.5}, 0.0),  # an exact regression
+        ({"validation_age": 0.1}, 0.0),  # validation losses tell, and the wrapper goes back
+        ({"loss_vs_first": -3.0}, 0.9),  # half-way
     ):
-        observation = seen(loss_vs_first=-fall / 2, loss_noise=3 * deviation, validation_age=age)
+        observation = seen(**{**by_heart, **missing})
         less = policy.actor(observation)[0] - made.actor(observation)[0]
         torch.testing.assert_close(less, torch.tensor([[0.0, expected]]), atol=0.1, rtol=0)
     assert made.info["calmer"] == 1.8 and made.safe_start == policy.safe_start
