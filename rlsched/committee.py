@@ -8,7 +8,7 @@ bold where a network learns its data by heart and no validation loss tells it, o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -87,10 +87,10 @@ def bolder(policy: SchedulePolicy, by: float) -> SchedulePolicy:
 def calmer(policy: SchedulePolicy, by: float) -> SchedulePolicy:
     """A policy with as much less on its actions on the learning rate where data seem to be learnt by heart.
 
-    That is where no validation loss is told, and the training loss has all but gone; its gradient has gone with it, and
-    points against the weights, so that the loss falls on as they grow (Soudry et al. 2018, "The Implicit Bias of
-    Gradient Descent on Separable Data"); and the few points that are left throw it about. A regression shows some of
-    these signs where it began without a mean, is exact, or has a handful of points in a mini-batch, but not all.
+    That is where no validation loss is told, and the training loss has all but gone, and its gradient with it; where
+    the few points that are left throw both about; or the gradient points against the weights, so that the loss falls on
+    as they grow (Soudry et al. 2018, "The Implicit Bias of Gradient Descent on Separable Data"). A regression shows
+    some of these signs, where it began without a mean, is exact, or has few points in a mini-batch, but not all.
 
     Args:
         policy: a perceptron of two tanh layers that moves the learning rate and sees all this.
@@ -102,32 +102,34 @@ def calmer(policy: SchedulePolicy, by: float) -> SchedulePolicy:
     if not 0 <= by <= 2:
         raise ValueError(f"calmer: by must be in [0, 2], got {by!r}")
     _check_moves_lr(policy)
-    if len(policy.actor.hidden) != 2 or policy.actor.activation != "tanh" or not {*_SIGNS} <= {*policy.observations}:
+    if len(policy.actor.hidden) != 2 or policy.actor.activation != "tanh" or not {*_SEEN} <= {*policy.observations}:
         raise ValueError(
-            f"policy must have two layers of tanh and see {[*_SIGNS]}, it has {len(policy.actor.hidden)} of "
+            f"policy must have two layers of tanh and see {[*_SEEN]}, it has {len(policy.actor.hidden)} of "
             f"{policy.actor.activation} and sees {list(policy.observations)}"
         )
-    correction = SchedulePolicy(_less_where_all_signs(by), tuple(_SIGNS), (LR.name,))
+    correction = SchedulePolicy(_less_where_all_signs(by), _SEEN, (LR.name,))
     actor = _side_by_side([policy, correction], policy.observations, policy.controls, share=1.0)
     return policy.with_actor(actor, {**policy.info, "calmer": by})
 
 
-_SIGNS = {  # half-way, and how steeply, as observed
-    "loss_vs_first": (-3.0, -1.4),  # e^-6 of what it was
-    "grad_norm_change": (-1.9, -2.5),  # e^-1.9
-    "grad_weights_cosine": (-0.05, -12.0),  # a cosine of −0.025
-    "loss_noise": (1.26, 4.0),  # a standard deviation of 0.42
-    "validation_age": (-0.5, -8.0),  # none
-}
+_SIGNS: Sequence[tuple[Mapping[str, float], float]] = (  # weights of what is observed, and where they come to 0
+    ({"loss_vs_first": -1.4}, 4.2),  # e^-6 of what it was
+    ({"grad_norm_change": -2.5}, 4.75),  # e^-1.9
+    ({"grad_norm_noise": 5.0, "grad_weights_cosine": -12.0}, 3.75),  # a standard deviation of 0.75, less for a cosine
+    ({"loss_noise": 4.0}, 5.0),  # a standard deviation of 0.42
+    ({"validation_age": -8.0}, 4.0),  # none
+)
+_SEEN = tuple(name for weights, _ in _SIGNS for name in weights)
 
 
 def _less_where_all_signs(by: float) -> Perceptron:
     """From the signs, to 0 where one of them is missing and −by where all are there; between, a smooth step."""
-    actor = Perceptron(len(_SIGNS), 1, (len(_SIGNS), 1))
+    actor = Perceptron(len(_SEEN), 1, (len(_SIGNS), 1))
     weights = actor.state_dict()
-    for i, (half_way, steepness) in enumerate(_SIGNS.values()):
-        weights["layers.0.weight"][i, i] = steepness
-        weights["layers.0.bias"][i] = -steepness * half_way
+    for i, (sign, half_way) in enumerate(_SIGNS):
+        for name, weight in sign.items():
+            weights["layers.0.weight"][i, _SEEN.index(name)] = weight
+        weights["layers.0.bias"][i] = -half_way
     weights["layers.1.weight"][:] = 3.0  # tanh(3) is 1, near enough
     weights["layers.1.bias"][:] = 3.0 * (1 - len(_SIGNS))
     weights["layers.2.weight"][:] = weights["layers.2.bias"][:] = -by / 2

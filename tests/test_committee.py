@@ -118,6 +118,7 @@ def test_calmer_policy_takes_back_where_data_are_learnt_by_heart_and_nowhere_els
     by_heart = {
         "loss_vs_first": -4.0,
         "grad_norm_change": -3.0,
+        "grad_norm_noise": 1.5,
         "grad_weights_cosine": -0.3,
         "loss_noise": 2.0,
         "validation_age": -1.0,
@@ -127,7 +128,8 @@ def test_calmer_policy_takes_back_where_data_are_learnt_by_heart_and_nowhere_els
         (dict.fromkeys(by_heart, 0.0), 0.0),
         ({"loss_vs_first": -1.5}, 0.0),
         ({"grad_norm_change": -1.0}, 0.0),  # the mean of a regression was learnt
-        ({"grad_weights_cosine": 0.1}, 0.0),
+        ({"grad_norm_noise": 0.3}, 1.8),  # but it points against the weights
+        ({"grad_norm_noise": 0.3, "grad_weights_cosine": 0.0}, 0.0),
         ({"loss_noise": 0.5}, 0.0),  # an exact regression
         ({"validation_age": 0.1}, 0.0),  # validation losses tell, and the wrapper goes back
         ({"loss_vs_first": -3.0}, 0.9),  # half-way
