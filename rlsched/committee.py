@@ -1,4 +1,4 @@
-"""Several policies as one: a committee, which does what its members would do on average; and one of one, corrected.
+"""Several policies as one, a committee, which does what its members would on average; and corrections of a policy.
 
 Policies of one kind that were trained apart err apart, and their mean errs less (Breiman 1996, "Bagging Predictors").
 

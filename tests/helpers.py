@@ -75,10 +75,10 @@ def network():
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def loss_at(model, step, dtype=None):
+def loss_at(model, step, dtype=None, device="cpu"):
     """The loss of the mini-batch that belongs to `step`, of the default precision if no other is given."""
     generator = torch.Generator().manual_seed(1000 + step)
-    inputs = torch.randn(16, 6, generator=generator, dtype=dtype)
+    inputs = torch.randn(16, 6, generator=generator, dtype=dtype).to(device)
     return nn.functional.cross_entropy(model(inputs), inputs[:, :3].argmax(-1))
 
 
