@@ -234,8 +234,7 @@ class Committee(NamedTuple):
     """Trainings whose policies become one."""
 
     members: dict[str, dict[str, Any]]  # by their names
-    bolder: float  # how much it is then, and how much calmer, see `rlsched.committee`
-    calmer: float
+    corrections: dict[str, float]  # of it then, by how much, see `rlsched.committee`
 
 
 COMMITTEES: dict[str, Committee] = {
@@ -244,7 +243,6 @@ COMMITTEES: dict[str, Committee] = {
             "perceptrons": _PERCEPTRONS,
             "short": {**_BROAD, "tasks": "short", "num_envs": 672, "batch_size": 2688},
         },
-        bolder=0.2,
-        calmer=1.8,
+        corrections={"bolder": 0.2, "calmer": 1.8, "steadier": 0.5},
     )
 }

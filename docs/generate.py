@@ -308,7 +308,10 @@ def config() -> str:
         for name, committee in COMMITTEES.items()
         for member, of in committee.members.items()
     )
-    corrections = "; ".join(f"{of.bolder:g} and {of.calmer:g} (`{name}`)" for name, of in COMMITTEES.items())
+    corrections = "; ".join(
+        f"{', '.join(f'{name} by {by:g}' for name, by in committee.corrections.items())} (`{preset}`)"
+        for preset, committee in COMMITTEES.items()
+    )
     return f"""\
 # What can be set of a training
 
@@ -330,7 +333,7 @@ length of a training is counted in *timesteps*, decisions over all inner runs.
 {presets}
 
 Some are several trainings, in folders of their own, whose policies become one ([their
-committee, bolder, and calmer by heart](training.md#how-it-is-learned), by {corrections}):
+committee, corrected](training.md#how-it-is-learned), {corrections}):
 
 | preset | member | sets |
 |---|---|---|

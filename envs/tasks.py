@@ -100,7 +100,7 @@ class SetupDistribution:
         decisions = round(log_uniform(rng, *self.decisions))
         names, weights = zip(*self.optimizers.items(), strict=True)
         optimizer = names[rng.choice(len(names), p=[w / sum(weights) for w in weights])]
-        adaptive, sums_gradients, _ = OPTIMIZERS[optimizer].traits
+        adaptive, sums_gradients, *_ = OPTIMIZERS[optimizer].traits
         loss_scale = log_uniform(rng, *self.loss_scale)
         momentum = 0.9
         if rng.random() < self.other_momentum:

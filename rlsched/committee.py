@@ -2,8 +2,9 @@
 
 Policies of one kind that were trained apart err apart, and their mean errs less (Breiman 1996, "Bagging Predictors").
 
-What they learn is too careful on other tasks than those that they were trained on, which `bolder` makes up for, and too
-bold where a network learns its data by heart and no validation loss tells it, of which `calmer` takes back.
+What they learn is too careful on other tasks than those that they were trained on, which `bolder` makes up for; too
+bold where a network learns its data by heart and no validation loss tells it, of which `calmer` takes back; and, under
+SGD without momentum, too ready to yield to gradients that oppose each other, against which `steadier` holds.
 """
 
 from __future__ import annotations
@@ -99,40 +100,82 @@ def calmer(policy: SchedulePolicy, by: float) -> SchedulePolicy:
     Raises:
         ValueError: the number is out of its range, or the policy is none of this.
     """
-    if not 0 <= by <= 2:
-        raise ValueError(f"calmer: by must be in [0, 2], got {by!r}")
-    _check_moves_lr(policy)
-    if len(policy.actor.hidden) != 2 or policy.actor.activation != "tanh" or not {*_SEEN} <= {*policy.observations}:
-        raise ValueError(
-            f"policy must have two layers of tanh and see {[*_SEEN]}, it has {len(policy.actor.hidden)} of "
-            f"{policy.actor.activation} and sees {list(policy.observations)}"
-        )
-    correction = SchedulePolicy(_less_where_all_signs(by), _SEEN, (LR.name,))
-    actor = _side_by_side([policy, correction], policy.observations, policy.controls, share=1.0)
-    return policy.with_actor(actor, {**policy.info, "calmer": by})
+    return _where_all_signs(policy, "calmer", by, _BY_HEART, -1.0)
 
 
-_SIGNS: Sequence[tuple[Mapping[str, float], float]] = (  # weights of what is observed, and where they come to 0
+def steadier(policy: SchedulePolicy, by: float) -> SchedulePolicy:
+    """A policy with as much more on its actions on the learning rate where gradients oppose each other in small steps.
+
+    That is where there is no momentum, the gradients of successive steps point against each other, their norm is
+    steady, and updates are below 2 % of the weights. A language model is trained so by SGD for most of a good run: it
+    swings between the walls of a valley and goes down along it, which a lower learning rate would only slow ("river
+    valley", Wen et al. 2024, "Understanding Warmup-Stable-Decay Learning Rates"). A policy takes it for the
+    edge of divergence.
+
+    Args:
+        policy: a perceptron of two tanh layers that moves the learning rate and sees all this.
+        by: how much, in [0, 2], before actions are bounded.
+
+    Raises:
+        ValueError: the number is out of its range, or the policy is none of this.
+    """
+    return _where_all_signs(policy, "steadier", by, _SWINGING, 1.0)
+
+
+CORRECTIONS = {correct.__name__: correct for correct in (bolder, calmer, steadier)}
+
+
+def corrected(policy: SchedulePolicy, **by: float) -> SchedulePolicy:
+    """The policy with corrections by their names, of `CORRECTIONS`, and by how much each."""
+    for name, how_much in by.items():
+        policy = CORRECTIONS[name](policy, how_much)
+    return policy
+
+
+# Each sign: weights of what is observed, and where they come to 0.
+Signs = Sequence[tuple[Mapping[str, float], float]]
+_BY_HEART: Signs = (
     ({"loss_vs_first": -1.4}, 4.2),  # e^-6 of what it was
     ({"grad_norm_change": -2.5}, 4.75),  # e^-1.9
     ({"grad_norm_noise": 5.0, "grad_weights_cosine": -12.0}, 3.75),  # a standard deviation of 0.75, less for a cosine
     ({"loss_noise": 4.0}, 5.0),  # a standard deviation of 0.42
     ({"validation_age": -8.0}, 4.0),  # none
 )
-_SEEN = tuple(name for weights, _ in _SIGNS for name in weights)
+_SWINGING: Signs = (
+    ({"momentum": -16.0}, 12.0),  # none
+    ({"grad_cosine": -6.0}, 1.2),  # a cosine of −0.1
+    ({"grad_norm_noise": -6.0}, -1.8),  # a standard deviation of 0.3
+    ({"update_ratio": -6.0}, -2.4),  # 0.022 of the weights
+)
 
 
-def _less_where_all_signs(by: float) -> Perceptron:
-    """From the signs, to 0 where one of them is missing and −by where all are there; between, a smooth step."""
-    actor = Perceptron(len(_SEEN), 1, (len(_SIGNS), 1))
+def _where_all_signs(policy: SchedulePolicy, name: str, by: float, signs: Signs, direction: float) -> SchedulePolicy:
+    """The policy with `by` on its actions on the learning rate where all signs are there, and as it is elsewhere."""
+    if not 0 <= by <= 2:
+        raise ValueError(f"{name}: by must be in [0, 2], got {by!r}")
+    _check_moves_lr(policy)
+    seen = tuple(name for weights, _ in signs for name in weights)
+    if len(policy.actor.hidden) != 2 or policy.actor.activation != "tanh" or not {*seen} <= {*policy.observations}:
+        raise ValueError(
+            f"policy must have two layers of tanh and see {[*seen]}, it has {len(policy.actor.hidden)} of "
+            f"{policy.actor.activation} and sees {list(policy.observations)}"
+        )
+    correction = SchedulePolicy(_gate(direction * by, signs, seen), seen, (LR.name,))
+    actor = _side_by_side([policy, correction], policy.observations, policy.controls, share=1.0)
+    return policy.with_actor(actor, {**policy.info, name: by})
+
+
+def _gate(by: float, signs: Signs, seen: Sequence[str]) -> Perceptron:
+    """From what is `seen`, to 0 where a sign is missing and `by` where all are there; between, a smooth step."""
+    actor = Perceptron(len(seen), 1, (len(signs), 1))
     weights = actor.state_dict()
-    for i, (sign, half_way) in enumerate(_SIGNS):
+    for i, (sign, half_way) in enumerate(signs):
         for name, weight in sign.items():
-            weights["layers.0.weight"][i, _SEEN.index(name)] = weight
+            weights["layers.0.weight"][i, seen.index(name)] = weight
         weights["layers.0.bias"][i] = -half_way
     weights["layers.1.weight"][:] = 3.0  # tanh(3) is 1, near enough
-    weights["layers.1.bias"][:] = 3.0 * (1 - len(_SIGNS))
-    weights["layers.2.weight"][:] = weights["layers.2.bias"][:] = -by / 2
+    weights["layers.1.bias"][:] = 3.0 * (1 - len(signs))
+    weights["layers.2.weight"][:] = weights["layers.2.bias"][:] = by / 2
     return actor
 
 

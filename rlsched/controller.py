@@ -25,7 +25,6 @@ from rlsched.signals import Run
 from rlsched.summary import summarise, whole
 from rlsched.tensorboard import RunLog
 from rlsched.training_run import TrainingRun
-from rlsched.traits import OWN_SCALE_TRUST
 from rlsched.validation import agreed, unseen
 from rlsched.weights import KeptWeights
 
@@ -73,7 +72,7 @@ class Controller(TrainingRun):
     def __init__(self, optimizer: Optimizer, **options: Unpack[Options]) -> None:
         self.options = given = ScheduleOptions(**options)
         self.optimizer = optimizer
-        self.policy = given.loaded_policy(optimizer)
+        self.policy = given.loaded_policy()
         self.log = RunLog(given.log_dir, given.writer, getattr(self.policy, "trace", None))
         self.is_prepared = False
         self._halves = HalfPrecision()
@@ -91,7 +90,7 @@ class Controller(TrainingRun):
         traits, bases = self.groups.traits, self.groups.bases
         if not given.shadow and not any(base[LR.name] for base in bases):
             raise ValueError("optimizer: the learning rate is 0 in every parameter group, so there is none to schedule")
-        trust = given.trust or (OWN_SCALE_TRUST if traits.own_scale else math.inf)
+        trust = given.trust or traits.trust
         adaptive, sums = 1 if traits.adaptive else -1, int(traits.sums_gradients)
         self.length = Length(total_steps, given.decisions, self.policy.base_schedule)
         self.run = self.length.measured(Run(0, 0, adaptive, sums, math.log(trust)), 0)

@@ -106,8 +106,7 @@ class ScheduledOptimizer(Optimizer):
             ends. The policy takes such a run for one in its first half, of a length that doubles as often as need be;
             the one that ships was not trained for it.
         policy: name of a shipped policy, path to a policy file, `http://host:port` of a server (`rlsched serve`), or
-            any `rlsched.policy.Policy`. "default" is the shipped one that suits the optimizer: for SGD without momentum
-            it is "perceptrons".
+            any `rlsched.policy.Policy`.
         controls: what the policy may change, of `rlsched.control.CONTROLS`; by default all that it knows to move.
             With none of them the learning rate follows the base schedule exactly, and all else stays.
         decisions: about how many times in the run the policy decides.
@@ -119,11 +118,10 @@ class ScheduledOptimizer(Optimizer):
             when the running average of its loss is three times its lowest and half of what was gained is lost; when
             that much is lost for a tenth of the run, or less if it is worse than untrained; or when nothing at all is
             gained at more than twice the base schedule's learning rate. "rollback": weights and optimizer state are
-            those of a snapshot again, and the learning rate is cut to a tenth (in the last case, to the base
-            schedule's). For the time being it does not come within half of what it was; good windows raise that bound.
-            "cut": the same without a snapshot, which leaves weights as the divergence has left them. "raise":
-            `DivergenceError`. None: nothing. A loss that is as high at the weights of the snapshot is a change of the
-            data, and accepted.
+            those of a snapshot again, and the learning rate is cut to a tenth. For the time being it does not come
+            within half of what it was; good windows raise that bound. "cut": the same without a snapshot, which leaves
+            weights as the divergence has left them. "raise": `DivergenceError`. None: nothing. A loss that is as high
+            at the weights of the snapshot is a change of the data, and accepted.
         undo_overfitting: go back as well where the network learns its data by heart: where two validations in a row
             (`observe_validation`) are far above the lowest, by a factor of two at the start of a run, and by less and
             less, 2 % at its end. No snapshot is taken while the last one is 2 % above. With "rollback" alone.
@@ -132,8 +130,9 @@ class ScheduledOptimizer(Optimizer):
         model: whose buffers (those of batch norm, for example) are part of a snapshot. An optimizer does not know them:
             without `model` they stay as they are when weights go back.
         trust: the factor by which the policy may move the learning rate from the base schedule, either way: 2 for
-            fine-tuning, say. None: as far as it likes, but for optimizers that find their own scale (Adadelta, Rprop,
-            Prodigy, D-Adaptation), for which it is 10. A probe, and a cut after a divergence, go lower if need be.
+            fine-tuning, say. None: as far as it likes, but for optimizers that find their own scale, for which it is 10
+            (Rprop, Prodigy, D-Adaptation) or 100 (Adadelta). A probe, and a cut after a divergence, go lower if need
+            be.
         lr_bounds: lowest and highest learning rate of any parameter group, whatever the schedule says. With weights in
             float16 the highest is never above 65,504, the largest number that they can be multiplied by.
         max_update_ratio: the learning rate is held so low that updates have at most so many times the norm of the

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from torch.nn import Module
-from torch.optim import Optimizer
 
 from rlsched.control import CONTROL_NAMES, CONTROLS
 from rlsched.number import checked_count
@@ -20,17 +19,12 @@ from rlsched.policy import Policy, checked_names
 from rlsched.safety import ON_DIVERGENCE, ROLLBACK
 from rlsched.snapshots import FULL, SNAPSHOTS
 from rlsched.tensorboard import NEEDED
-from rlsched.traits import is_plain
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
     from typing_extensions import Required
 
 T = TypeVar("T")
-
-# Shipped policies: what is asked for by default, and what that comes to for SGD without momentum, whose learning rate
-# the other one has fall too early.
-DEFAULT, FOR_PLAIN = "default", "perceptrons"
 
 
 class CallbackOptions(TypedDict, total=False):
@@ -73,7 +67,7 @@ class ScheduleOptions:
     """
 
     total_steps: int | None
-    policy: str | Path | Policy = DEFAULT
+    policy: str | Path | Policy = "default"
     controls: Sequence[str] = CONTROL_NAMES
     decisions: int = 100
     max_grad_norm: float | None = None
@@ -128,10 +122,8 @@ class ScheduleOptions:
                 f"policy object (rlsched.policy.Policy), got {type(self.policy).__name__}"
             )
 
-    def loaded_policy(self, *optimizers: Optimizer) -> Policy:
-        """The policy itself; of the shipped ones, if `DEFAULT` is asked for, the one that suits these optimizers."""
-        if self.policy == DEFAULT and optimizers and all(map(is_plain, optimizers)):
-            return load_policy(FOR_PLAIN)
+    def loaded_policy(self) -> Policy:
+        """The policy itself."""
         return load_policy(self.policy) if isinstance(self.policy, str | Path) else self.policy
 
 

@@ -126,7 +126,7 @@ def attach_all(optimizers: Iterable[Optimizer], **options: Unpack[Options]) -> P
         if given.get(name) is not None:
             raise ValueError(f"{name} is of one run: give Population the controllers of attach(…, {name}=…)")
     driven = list(optimizers)
-    given["policy"] = ScheduleOptions(**options).loaded_policy(*driven)
+    given["policy"] = ScheduleOptions(**options).loaded_policy()
     controllers: list[Controller] = []
     try:
         for i, optimizer in enumerate(driven):

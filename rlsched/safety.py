@@ -25,7 +25,6 @@ from rlsched.validation import Validation
 from rlsched.verdict import (
     NOISE,
     RISE,
-    Alarm,
     GuardState,
     Intervention,
     distance,
@@ -200,27 +199,27 @@ class Guard:
                 states = [state._replace(bound=min(LR.high, state.bound + EASE)) for state in states]
             return states, before, False
         if self.on_divergence == RAISE:
-            raise DivergenceError(f"at step {step}, {alarm.reason}")
+            raise DivergenceError(f"at step {step}, {alarm}")
         answer, filled = [], before
         if self.keeps_snapshots and self.snapshot is not None:
             then = self.snapshot.schedule
             states, filled = self.roll_back(states), [*then, *before[len(then) :]]
             answer.append("rolled back")
         if self.on_divergence is not None and self.moves_lr:
-            states = [self._cut(*each, alarm) for each in zip(states, before, strict=True)]
-            answer.append("lr back to that of the base schedule" if alarm.is_idle else "lr cut to a tenth")
+            states = [self._cut(*each) for each in zip(states, before, strict=True)]
+            answer.append("lr cut to a tenth")
         nothing = "nothing is done" + (", as lr is not among the controls" if self.on_divergence else " about it")
-        self.intervene(step, f"{alarm.reason}: {' and '.join(answer) or nothing}", kind="divergence")
+        self.intervene(step, f"{alarm}: {' and '.join(answer) or nothing}", kind="divergence")
         return states, filled, True
 
-    def alarm(self, run: Run, before: ScheduleState, window: Moments, summary: Summary) -> Alarm | None:
+    def alarm(self, run: Run, before: ScheduleState, window: Moments, summary: Summary) -> str | None:
         """Whether the run diverges, or idles."""
         finite = [math.isfinite(norm) for norm in window.grad_norm]
         last = next((i for i, ok in enumerate(reversed(finite)) if ok), None)
         nonfinite = self.state.nonfinite + len(finite) if last is None else last
         if nonfinite >= NONFINITE_STEPS:
             self.state = self.state._replace(nonfinite=0)
-            return Alarm(f"loss or gradient were not finite in the last {nonfinite} steps")
+            return f"loss or gradient were not finite in the last {nonfinite} steps"
         self.state = self.state._replace(nonfinite=nonfinite)
         if math.isnan(summary.loss):  # a loss that has no logarithm does not count
             return None
@@ -240,12 +239,12 @@ class Guard:
             self.state = self.state.anew(summary.loss)
             self.snapshot = None
 
-    def _cut(self, state: ScheduleState, before: ScheduleState, alarm: Alarm) -> ScheduleState:
+    def _cut(self, state: ScheduleState, before: ScheduleState) -> ScheduleState:
         """The state with the learning rate that a run goes on with, and the bound that keeps it off `before`."""
-        lr, base = before.control[LR.name], -before.lr_offset
-        wanted = min(lr, base) if alarm.is_idle else lr - LR_CUT
+        lr = before.control[LR.name]
+        wanted = lr - LR_CUT
         reached = max(LR.low, wanted)
-        bound = max(LR.low, min(state.bound, base if alarm.is_idle else lr - BACK_OFF))
+        bound = max(LR.low, min(state.bound, lr - BACK_OFF))
         rest = wanted - reached  # beyond the control's reach
         return schedule.with_lr(state, reached)._replace(bound=bound, lr_offset=state.lr_offset + rest)
 
@@ -277,7 +276,7 @@ class Guard:
         else:
             is_due = then < 0 or (states[0].step // run.interval) % SNAPSHOT_INTERVAL == 0
             is_well = self.is_well() and not (self.undo_overfitting and is_above_best(validation))
-            is_wanted = is_due and is_well and self._is_no_worse(here)
+            is_wanted = is_due and is_well and (then < 0 or self.state.has_gained) and self._is_no_worse(here)
         if is_wanted:
             self.take_snapshot(states)
 

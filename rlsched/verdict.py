@@ -31,13 +31,6 @@ class Intervention(NamedTuple):
     message: str
 
 
-class Alarm(NamedTuple):
-    """Why a run is not to go on as it does."""
-
-    reason: str
-    is_idle: bool = False  # nothing was gained, and nothing is lost
-
-
 class GuardState(NamedTuple):
     """What the guard remembers of a run."""
 
@@ -52,6 +45,11 @@ class GuardState(NamedTuple):
     restored_at: int = -1  # inner step whose gradients are of weights that were taken back
     on_trial: bool = False  # whether weights were brought back, and no loss of theirs has been seen
     interventions: tuple[Intervention, ...] = ()
+
+    @property
+    def has_gained(self) -> bool:
+        """Whether the loss is below the first by more than the noise, or nothing is known of it."""
+        return not self.average >= self.first - self.noise
 
     @property
     def is_past_half(self) -> bool:
@@ -69,8 +67,9 @@ class GuardState(NamedTuple):
         return self._replace(first=loss, average=loss, lowest=loss, lost=0, idle=0)
 
 
-def judge_loss(was: GuardState, run: Run, before: ScheduleState, window: Summary) -> tuple[GuardState, Alarm | None]:
-    """What is known after another window, under the state `before`, and whether the run diverges or idles.
+def judge_loss(was: GuardState, run: Run, before: ScheduleState, window: Summary) -> tuple[GuardState, str | None]:
+    """What is known after another window, under the state `before`, and why it cannot go on so, if it diverges or
+    idles.
 
     What comes after it is judged anew: it has to get worse by as much to be told again.
     """
@@ -98,17 +97,17 @@ def judge_loss(was: GuardState, run: Run, before: ScheduleState, window: Summary
     idle = (state.idle + 1) * idles
     after = state._replace(lost=lost, idle=idle)
     if (average > lowest + RISE and state.is_past_half) or lost_is_enough:
-        alarm = Alarm(f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}")
+        alarm = f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}"
         return after.anew(max(window.loss, average)), alarm
     if idle > max(LEAST_PATIENCE, patience / 2):
         times = f"{math.exp(factor):.2g} times that of the base schedule"
-        return after.anew(average), Alarm(f"the loss is where it began, at an lr of {times}", is_idle=True)
+        return after.anew(average), f"the loss is where it began, at an lr of {times}"
     return after, None
 
 
 def judge_validation(
     was: GuardState, run: Run, before: ScheduleState, validation: Validation
-) -> tuple[GuardState, Alarm | None]:
+) -> tuple[GuardState, str | None]:
     """What is known after a window, under the state `before`, of whether the network learns its data by heart.
 
     How far the validation loss is above its lowest is the "generalization loss" of Prechelt (1998, "Early Stopping –
@@ -122,8 +121,8 @@ def judge_validation(
     state = was if was.overfit < 0 else was._replace(overfit=was.overfit + 1)
     if state.overfit < TIMES_OVERFIT:
         return state, None
-    reason = f"the validation loss has risen from {validation.best:.3g} to {validation.loss:.3g}"
-    return state._replace(overfit=-1), Alarm(reason)
+    alarm = f"the validation loss has risen from {validation.best:.3g} to {validation.loss:.3g}"
+    return state._replace(overfit=-1), alarm
 
 
 def is_above_best(validation: Validation, allowed: float = LEAST_OVERFIT) -> bool:

@@ -7,7 +7,7 @@ from helpers import lively_policy
 from rlsched import SchedulePolicy
 from rlsched.actors import Perceptron, Recurrent
 from rlsched.cli import main
-from rlsched.committee import bolder, calmer, committee_of
+from rlsched.committee import bolder, calmer, committee_of, steadier
 from rlsched.domain import Domain
 from rlsched.signals import OBSERVATION_NAMES
 
@@ -140,17 +140,39 @@ def test_calmer_policy_takes_back_where_data_are_learnt_by_heart_and_nowhere_els
     assert made.info["calmer"] == 1.8 and made.safe_start == policy.safe_start
 
 
-def test_policy_that_cannot_be_calmer_is_refused():
-    """A policy that does not see the signs would be calmer nowhere, or everywhere."""
+def test_steadier_policy_holds_on_while_gradients_swing_in_small_steps_and_nowhere_else():
+    """A language model under SGD without momentum would be trained at a fifth of its learning rate; one whose gradient
+    is thrown about, or whose updates are large already, would be driven over the edge."""
+    policy = member(0, controls=("clip", "lr"))
+    made = steadier(policy, 0.5)
+    swinging = {"momentum": -1.0, "grad_cosine": -1.0, "grad_norm_noise": 0.0, "update_ratio": -0.3}
+    for missing, expected in (
+        ({}, 0.5),
+        (dict.fromkeys(swinging, 0.0), 0.0),
+        ({"momentum": 0.0}, 0.0),
+        ({"grad_cosine": 0.3}, 0.0),
+        ({"grad_norm_noise": 1.0}, 0.0),
+        ({"update_ratio": 0.9}, 0.0),
+        ({"update_ratio": 0.4}, 0.25),  # half-way
+    ):
+        observation = seen(**{**swinging, **missing})
+        more = made.actor(observation)[0] - policy.actor(observation)[0]
+        torch.testing.assert_close(more, torch.tensor([[0.0, expected]]), atol=0.05, rtol=0)
+    assert made.info["steadier"] == 0.5 and made.safe_start == policy.safe_start
+
+
+@pytest.mark.parametrize(("correct", "sign"), [(calmer, "loss_vs_first"), (steadier, "momentum")])
+def test_policy_that_cannot_be_corrected_is_refused(correct, sign):
+    """A policy that does not see the signs would be corrected nowhere, or everywhere."""
     for policy, by, said in (
-        (member(0), -0.1, r"calmer: by must be in \[0, 2\], got -0.1"),
-        (member(0), float("nan"), r"calmer: by must be in \[0, 2\], got nan"),
+        (member(0), -0.1, rf"{correct.__name__}: by must be in \[0, 2\], got -0.1"),
+        (member(0), float("nan"), rf"{correct.__name__}: by must be in \[0, 2\], got nan"),
         (member(0, controls=("clip",)), 1.0, r"a perceptron that moves 'lr'"),
         (member(0, hidden=(8,)), 1.0, r"two layers of tanh and see .*, it has 1 of tanh"),
-        (member(0, ("progress", "loss_noise")), 1.0, r"see \['loss_vs_first', .* sees \['progress',"),
+        (member(0, ("progress", "loss_noise")), 1.0, rf"see \['{sign}', .* sees \['progress',"),
     ):
         with pytest.raises(ValueError, match=said):
-            calmer(policy, by)
+            correct(policy, by)
 
 
 def test_command_exports_a_committee(tmp_path, capsys):
@@ -166,13 +188,15 @@ def test_command_exports_a_committee(tmp_path, capsys):
     assert "policies must be at least two, each of them another" in capsys.readouterr().err
 
 
-def test_command_exports_a_bolder_policy(tmp_path, capsys):
+def test_command_exports_a_corrected_policy(tmp_path, capsys):
     """The number that was chosen has to get from the command to the file."""
     file, out = member(0).save(tmp_path / "mine.safetensors"), tmp_path / "bolder.safetensors"
     assert main(["export", str(file), "--bolder", "0.2", "--out", str(out)]) == 0
     assert SchedulePolicy.load(out).digest == bolder(member(0), 0.2).digest
     assert main(["export", str(file), "--bolder", "0.2", "--calmer", "1.8", "--out", str(out)]) == 0
     assert SchedulePolicy.load(out).digest == calmer(bolder(member(0), 0.2), 1.8).digest
-    for option in ("bolder", "calmer"):
+    assert main(["export", str(file), "--steadier", "0.5", "--out", str(out)]) == 0
+    assert SchedulePolicy.load(out).digest == steadier(member(0), 0.5).digest
+    for option in ("bolder", "calmer", "steadier"):
         assert main(["export", str(file), f"--{option}", "20", "--out", str(out)]) == 1
         assert f"{option}: by must be in [" in capsys.readouterr().err

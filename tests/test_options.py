@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import lively_policy, network
 
-from rlsched import Controller, ScheduledOptimizer, SchedulePolicy, attach, attach_all
+from rlsched import Controller, ScheduledOptimizer, attach
 from rlsched.options import CallbackOptions, Options, ScheduleOptions
 
 ROOT = Path(__file__).parents[1]
@@ -128,31 +128,3 @@ def test_misspelt_option_of_a_callback_is_refused_at_once(framework):
 def test_controls_are_put_in_order():
     """Two runs that name the same controls could not go on from each other's state."""
     assert ScheduleOptions(9, controls=["clip", "lr"]).controls == ("lr", "clip")
-
-
-@pytest.mark.parametrize(
-    ("make", "name"),
-    [
-        (lambda p: torch.optim.SGD(p, 0.1), "perceptrons"),
-        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "default"),
-        (lambda p: torch.optim.RMSprop(p), "default"),
-        (lambda p: torch.optim.AdamW(p), "default"),
-        (lambda p: torch.optim.Adadelta(p), "default"),
-        (lambda p: torch.optim.LBFGS(p), "default"),
-    ],
-)
-def test_default_policy_is_the_one_that_suits_the_optimizer(make, name):
-    """Language models under SGD without momentum ended up to a fifth worse than their own recipes."""
-    optimizer = make(network().parameters())
-    expected = SchedulePolicy.load(name).digest
-    assert attach(optimizer, total_steps=10).policy.digest == expected
-    asked = attach(make(network().parameters()), total_steps=10, policy=SchedulePolicy.load("default"))
-    assert asked.policy.digest == SchedulePolicy.load("default").digest, "what is asked for is what is there"
-
-
-def test_population_has_one_policy():
-    """Runs of a population are decided in one call: where one of them has momentum, all have the policy for that."""
-    plain, other = (torch.optim.SGD(network().parameters(), 0.1, momentum=m) for m in (0.0, 0.9))
-    assert attach_all([plain, other], total_steps=10).policy.digest == SchedulePolicy.load("default").digest
-    plain = torch.optim.SGD(network().parameters(), 0.1)
-    assert attach_all(iter([plain]), total_steps=10).policy.digest == SchedulePolicy.load("perceptrons").digest

@@ -39,23 +39,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     several = "several are exported as one, their committee, whose actions are the mean of theirs"
     parser.add_argument("source", nargs="+", help=f"{what}; {several}")
     parser.add_argument("--out", type=Path, required=True, help="file to write")
-    bolder = "added to each action on the learning rate, in [-1, 1]: what was learnt may be too careful for other tasks"
-    parser.add_argument("--bolder", type=float, default=0.0, metavar="BY", help=f"{bolder} (default: 0)")
-    calmer = "taken from it where no validation loss is told and the training loss is gone, as by data learnt by heart"
-    parser.add_argument("--calmer", type=float, default=0.0, metavar="BY", help=f"{calmer}, in [0, 2] (default: 0)")
+    for name, meaning in (
+        ("bolder", "added to each action on the learning rate, in [-1, 1]: what was learnt may be too careful"),
+        ("calmer", "taken from it where data seem to be learnt by heart and no validation loss is told, in [0, 2]"),
+        ("steadier", "added to it where gradients swing in small steps without momentum, in [0, 2]"),
+    ):
+        parser.add_argument(f"--{name}", type=float, default=0.0, metavar="BY", help=f"{meaning} (default: 0)")
     parser.add_argument("--format", help="safetensors, onnx or torchscript (default: as the name of --out ends)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Write the file that the options ask for."""
-    from rlsched.committee import bolder, calmer, committee_of
+    from rlsched.committee import CORRECTIONS, committee_of, corrected
     from rlsched.formats import FORMATS
 
     name = _format(options, FORMATS)
     policies = [_policy(source) for source in options.source]
     policy = policies[0] if len(policies) == 1 else committee_of(policies)
-    policy = bolder(policy, options.bolder) if options.bolder else policy
-    policy = calmer(policy, options.calmer) if options.calmer else policy
+    policy = corrected(policy, **{name: by for name in CORRECTIONS if (by := getattr(options, name))})
     print(f"{FORMATS[name].save(policy, options.out)}: {policy!r}")
     if name == "onnx":
         from rlsched.formats import difference

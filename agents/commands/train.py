@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
 
     from rlsched.agents import train
     from rlsched.agents.ppo import POLICY
-    from rlsched.committee import bolder, calmer, committee_of
+    from rlsched.committee import committee_of, corrected
 
     configs = _configs(options)
     policies = []
@@ -98,5 +98,5 @@ def run(options: argparse.Namespace) -> None:
         )
     if options.preset in COMMITTEES:
         committee = COMMITTEES[options.preset]
-        whole = calmer(bolder(committee_of(policies), committee.bolder), committee.calmer)
+        whole = corrected(committee_of(policies), **committee.corrections)
         print(f"committee   {whole.save(Path(configs[0].run_dir).parent / POLICY)}")

@@ -79,4 +79,4 @@ def test_committee_is_trained_by_one_command(name, monkeypatch, tmp_path, capsys
     assert f"committee   {run_dir / 'policy.safetensors'}" in capsys.readouterr().out
     made = SchedulePolicy.load(run_dir / "policy.safetensors")
     assert len(made.info["committee"]) == len(trained)
-    assert made.info["bolder"] == COMMITTEES[name].bolder and made.info["calmer"] == COMMITTEES[name].calmer
+    assert {**made.info, **COMMITTEES[name].corrections} == made.info

@@ -7,6 +7,7 @@ import pytest
 
 from rlsched import SchedulePolicy
 from rlsched.agents.config import COMMITTEES, TrainConfig
+from rlsched.committee import CORRECTIONS
 from rlsched.experiments.compare.run import Trial, perform
 from rlsched.experiments.compare.tasks import digits
 from rlsched.policy import available
@@ -29,8 +30,8 @@ def test_shipped_policy_says_how_it_was_trained_and_scored(name):
 
 def test_default_policy_is_the_committee_that_a_command_trains_again():
     """The one policy that everybody has would be one that nobody can make again."""
-    policy, (members, bolder, calmer) = SchedulePolicy.load("default"), COMMITTEES["shipped"]
-    assert policy.info["bolder"] == bolder and policy.info["calmer"] == calmer
+    policy, (members, corrections) = SchedulePolicy.load("default"), COMMITTEES["shipped"]
+    assert {name: policy.info.get(name) for name in CORRECTIONS} == corrections
     for made, settings in zip(policy.info["committee"], members.values(), strict=True):
         asked = TrainConfig(**settings)
         for name in ("tasks", "num_envs", "timesteps", "hidden", "batch_size", "n_epochs", "seed", "learning_rate"):
