@@ -61,15 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def table(rows: Sequence[Row]) -> str:
     """A line for each cell, and what they come to."""
     gains = [gain(row) for row in rows]
-    lines = [[str(key(row).cell), f"{each:+.3f}", *_course(row)] for row, each in zip(rows, gains, strict=True)]
+    lines = [[str(key(row).cell), _signed(each), *_course(row)] for row, each in zip(rows, gains, strict=True)]
     all_of_them = paired(gains)
     return f"""{markdown(HEAD, lines)}
 
 Log ratio of the final validation loss of the best course to that of cosine with its learning rate tuned: mean of seeds
-{" and ".join(map(str, JUDGED))}, which chose neither. Interquartile mean over the cells {all_of_them.value:+.3f} \
-({all_of_them.low:+.3f} to {all_of_them.high:+.3f}; bootstrap of the cells), \
-mean {np.mean(gains):+.3f}. Courses from the {max(row["trials"] for row in rows)} runs of a search; learning rates are \
+{" and ".join(map(str, JUDGED))}, which chose neither. Interquartile mean over the cells {_signed(all_of_them.value)} \
+({_signed(all_of_them.low)} to {_signed(all_of_them.high)}; bootstrap of the cells), \
+mean {_signed(float(np.mean(gains)))}. Courses from the {max(row["trials"] for row in rows)} runs of a search; learning rates are \
 factors on the usual one."""
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _course(row: Row) -> list[str]:
