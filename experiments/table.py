@@ -20,6 +20,11 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def signed(value: float, digits: int = 3) -> str:
+    """A number with its sign, which is a minus and no hyphen."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def publish(out: Path, table: str, plot: Figure) -> str:
     """Write `table.md` and `plot.png` beside the results in `out`, and return the table."""
     write(out / TABLE, f"{table}\n".encode())

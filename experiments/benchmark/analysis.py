@@ -14,7 +14,7 @@ from rlsched.experiments.benchmark.methods import POLICY
 from rlsched.experiments.benchmark.results import REFERENCE, Condition, Results, Score
 from rlsched.experiments.benchmark.statistics import MOST_SPEED_UP, Estimate
 from rlsched.experiments.cell import Cell
-from rlsched.experiments.table import TABLE, markdown
+from rlsched.experiments.table import TABLE, markdown, signed
 from rlsched.files import write
 
 HEAD = ["method", "lr", "cells", "log ratio", "95 %", "speed-up", "improves", "worst cell", "diverged", "accuracy"]
@@ -120,20 +120,16 @@ def _shown(score: Score) -> list[str]:
         *_estimate(score.ratio),
         f"{score.speed_up:.2f}",
         f"{score.improvement:.0%}",
-        f"{_signed(ratio)} ({worst})",
+        f"{signed(ratio)} ({worst})",
         f"{score.diverged} of {score.runs}",
-        "–" if math.isnan(score.accuracy) else _signed(score.accuracy, 1),
+        "–" if math.isnan(score.accuracy) else signed(score.accuracy, 1),
     ]
 
 
 def _estimate(estimate: Estimate) -> list[str]:
-    interval = "–" if math.isnan(estimate.low) else f"{_signed(estimate.low)} to {_signed(estimate.high)}"
-    return [_signed(estimate.value), interval]
+    interval = "–" if math.isnan(estimate.low) else f"{signed(estimate.low)} to {signed(estimate.high)}"
+    return [signed(estimate.value), interval]
 
 
 def _ratio(ratios: Sequence[float]) -> str:
-    return _signed(float(np.median(ratios))) if ratios else ""
-
-
-def _signed(value: float, digits: int = 3) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return signed(float(np.median(ratios))) if ratios else ""

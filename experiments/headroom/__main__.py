@@ -16,7 +16,7 @@ from rlsched.experiments.benchmark.statistics import paired
 from rlsched.experiments.benchmark.tasks import DEVELOPMENT, TASKS, cells
 from rlsched.experiments.headroom.search import JUDGED, Search, gain, key, plain, search
 from rlsched.experiments.journal import Journal, Row
-from rlsched.experiments.table import TABLE, markdown
+from rlsched.experiments.table import TABLE, markdown, signed
 from rlsched.files import locked, write
 
 RESULTS = "results.jsonl"
@@ -61,19 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def table(rows: Sequence[Row]) -> str:
     """A line for each cell, and what they come to."""
     gains = [gain(row) for row in rows]
-    lines = [[str(key(row).cell), _signed(each), *_course(row)] for row, each in zip(rows, gains, strict=True)]
+    lines = [[str(key(row).cell), signed(each), *_course(row)] for row, each in zip(rows, gains, strict=True)]
     all_of_them = paired(gains)
+    mean, low, high = (signed(value) for value in (all_of_them.value, all_of_them.low, all_of_them.high))
     return f"""{markdown(HEAD, lines)}
 
 Log ratio of the final validation loss of the best course to that of cosine with its learning rate tuned: mean of seeds
-{" and ".join(map(str, JUDGED))}, which chose neither. Interquartile mean over the cells {_signed(all_of_them.value)} \
-({_signed(all_of_them.low)} to {_signed(all_of_them.high)}; bootstrap of the cells), \
-mean {_signed(float(np.mean(gains)))}. Courses from the {max(row["trials"] for row in rows)} runs of a search; learning rates are \
-factors on the usual one."""
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+{" and ".join(map(str, JUDGED))}, which chose neither. Interquartile mean over the cells {mean} \
+({low} to {high}; bootstrap of the cells), mean {signed(float(np.mean(gains)))}. Courses from the \
+{max(row["trials"] for row in rows)} runs of a search; learning rates are factors on the usual one."""
 
 
 def _course(row: Row) -> list[str]:
