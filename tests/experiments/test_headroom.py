@@ -99,7 +99,8 @@ def test_search_is_resumed_and_its_table_shows_the_gain(tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / RESULTS).read_text().splitlines()]
     assert [row["cell"][1] for row in rows] == list(TINY.bases)
     for row in rows:
-        assert f"| tiny, {row['cell'][1]}, 6 steps | {search.gain(row):+.3f} | × {row['cosine']:.3g} |" in said
+        gain = f"{search.gain(row):+.3f}".replace("-", "−")
+        assert f"| tiny, {row['cell'][1]}, 6 steps | {gain} | × {row['cosine']:.3g} |" in said
     kept = (tmp_path / RESULTS).read_text().splitlines()
     (tmp_path / RESULTS).write_text("\n".join(kept[:1] + kept[2:]) + "\n")
     assert main(options) == 0
