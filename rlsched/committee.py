@@ -14,7 +14,7 @@ from copy import deepcopy
 
 import torch
 
-from rlsched.actors import Perceptron
+from rlsched.actors import Actor, Perceptron
 from rlsched.control import LR
 from rlsched.policy import SchedulePolicy
 
@@ -82,7 +82,7 @@ def bolder(policy: SchedulePolicy, by: float) -> SchedulePolicy:
     _check_moves_lr(policy)
     actor = deepcopy(policy.actor)
     actor.state_dict()[f"layers.{len(actor.hidden)}.bias"][policy.controls.index(LR.name)] += by
-    return policy.with_actor(actor, {**policy.info, "bolder": by})
+    return _noted(policy, actor, "bolder", by)
 
 
 def calmer(policy: SchedulePolicy, by: float) -> SchedulePolicy:
@@ -162,7 +162,7 @@ def _where_all_signs(policy: SchedulePolicy, name: str, by: float, signs: Signs,
         )
     correction = SchedulePolicy(_gate(direction * by, signs, seen), seen, (LR.name,))
     actor = _side_by_side([policy, correction], policy.observations, policy.controls, share=1.0)
-    return policy.with_actor(actor, {**policy.info, name: by})
+    return _noted(policy, actor, name, by)
 
 
 def _gate(by: float, signs: Signs, seen: Sequence[str]) -> Perceptron:
@@ -177,6 +177,11 @@ def _gate(by: float, signs: Signs, seen: Sequence[str]) -> Perceptron:
     weights["layers.1.bias"][:] = 3.0 * (1 - len(signs))
     weights["layers.2.weight"][:] = weights["layers.2.bias"][:] = by / 2
     return actor
+
+
+def _noted(policy: SchedulePolicy, actor: Actor, name: str, by: float) -> SchedulePolicy:
+    """The policy with another actor; corrections of one name add up, in what it says of itself too."""
+    return policy.with_actor(actor, {**policy.info, name: policy.info.get(name, 0.0) + by})
 
 
 def _check_moves_lr(policy: SchedulePolicy) -> None:

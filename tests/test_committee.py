@@ -161,6 +161,12 @@ def test_steadier_policy_holds_on_while_gradients_swing_in_small_steps_and_nowhe
     assert made.info["steadier"] == 0.5 and made.safe_start == policy.safe_start
 
 
+@pytest.mark.parametrize("correct", [bolder, calmer, steadier])
+def test_corrections_add_up(correct):
+    """A file that says the last of two numbers would be made again as another policy."""
+    assert correct(correct(member(0), 0.3), 0.2).info[correct.__name__] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize(("correct", "sign"), [(calmer, "loss_vs_first"), (steadier, "momentum")])
 def test_policy_that_cannot_be_corrected_is_refused(correct, sign):
     """A policy that does not see the signs would be corrected nowhere, or everywhere."""
