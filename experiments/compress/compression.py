@@ -21,7 +21,7 @@ from rlsched.agents.explain.decisions import Decisions, of_episodes
 from rlsched.envs.mixtures import mixture
 from rlsched.experiments.compress.smaller import in_int8, pruned, student, tree
 from rlsched.experiments.journal import Journal
-from rlsched.experiments.table import TABLE, markdown
+from rlsched.experiments.table import TABLE, markdown, signed
 from rlsched.files import locked, write
 from rlsched.formats import described, onnx_model
 from rlsched.onnx_policy import load_policy, sealed
@@ -191,7 +191,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         times = [f"{took:,.0f}" for took in row.microseconds] or ["–"] * len(BATCHES)
         size = f"{row.size / 1000:.1f}" if row.size else "–"
-        lost = "–" if row.name == POLICY else f"{row.lost:+.3f} ± {row.error:.3f}".replace("-", "−")
+        lost = "–" if row.name == POLICY else f"{signed(row.lost)} ± {row.error:.3f}"
         cells.append([row.name, f"`{row.file}`" if row.file else "–", size, *times, f"{row.score:.3f}", lost])
     return markdown(head, cells, labels=2)
 
