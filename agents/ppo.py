@@ -35,7 +35,7 @@ from rlsched.agents.vec_env import VectorEnvAdapter
 from rlsched.envs.arguments import warn_of_left_out
 from rlsched.envs.mixtures import mixture, names
 from rlsched.envs.scheduling import SchedulingVectorEnv
-from rlsched.envs.sharding import Make, Processes, ShardedVectorEnv, Transport, check_main_guard
+from rlsched.envs.sharding import Make, ShardedVectorEnv, Transport, Workers, check_main_guard
 from rlsched.files import locked, write
 from rlsched.policy import SchedulePolicy
 
@@ -157,14 +157,19 @@ def _finished(run_dir: Path, config: TrainConfig) -> SchedulePolicy | None:
 
 @contextmanager
 def _transport(config: TrainConfig) -> Iterator[Callable[[Sequence[Make]], Transport] | None]:
-    """To where the shards of the environments live; None if there are none, but one environment in this process."""
+    """To where the shards of all environments live; None if there are none, but environments in this process."""
+    workers: Any
     if config.engine == "ray":
-        from rlsched.envs.cluster import Workers
+        from rlsched.envs.cluster import Workers as RayWorkers
 
-        with Workers(config.processes, address=config.address) as workers:
-            yield workers.transport
+        workers = RayWorkers(config.processes, address=config.address)
+    elif config.processes > 1:
+        workers = Workers(config.processes)
     else:
-        yield Processes if config.processes > 1 else None
+        yield None
+        return
+    with workers:
+        yield workers.transport
 
 
 def _vector_env(

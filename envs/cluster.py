@@ -13,19 +13,17 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
 import ray
-import torch
 from ray import _private, cloudpickle
 from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlsched.envs.sharding import Lost, Make, Request, Shard, portable
+from rlsched.envs.sharding import Host, Lost, Make, Request
 
 HERE, FOUND = "local", "auto"  # addresses: a cluster that is started on this machine; the one that runs on it
 REACHED = 5.0  # seconds within which a cluster answers
@@ -44,29 +42,12 @@ def say(message: str) -> None:
     print(f"rlsched: {message}", file=sys.stderr)
 
 
-class _Worker:
-    """Lives on the cluster, with one thread: the shards that it has, by the numbers of their environments."""
-
-    def __init__(self) -> None:
-        torch.set_num_threads(1)
-        self._shards: dict[int, Shard] = {}
+class _Worker(Host):
+    """Lives on the cluster, with one thread."""
 
     def where(self) -> str:
         """The address of its machine."""
         return str(ray.util.get_node_ip_address())
-
-    def answer(self, environment: int, request: Request, make: bytes | None) -> Any:
-        """The shard's answer, which begins anew where it is told how it is made."""
-        if make is not None:
-            self._shards[environment] = Shard(partial(_made, make))
-        return portable(self._shards[environment].answer(*request))
-
-    def forget(self, environment: int) -> None:
-        self._shards.pop(environment, None)
-
-
-def _made(make: bytes) -> Any:
-    return cloudpickle.loads(make)()  # here, so that a module which is not on this machine is told as an answer
 
 
 class _Place(NamedTuple):

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, NoReturn, Protocol
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -92,6 +93,7 @@ class Shard:
 
 
 Request = tuple[str, Any]  # a method and its argument, see `Shard.answer`
+_Message = tuple[int, Request | None, bytes | None]  # of which environment, None to forget it, how its shard is made
 
 
 class Transport(Protocol):
@@ -120,41 +122,94 @@ class Inline:
         self._shards.clear()
 
 
-class Processes:
-    """Each shard in a spawned process of its own, with one thread, which lives as long as the pipe to it.
+class Host:
+    """What a worker of several environments holds: its shard of each, by the number of the environment."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._shards: dict[int, Shard] = {}
+
+    def answer(self, environment: int, request: Request, make: bytes | None) -> Any:
+        """The shard's answer, which begins anew where it is told how it is made: by a pickled `Make`."""
+        if make is not None:
+            self._shards[environment] = Shard(partial(_made, make))
+        return portable(self._shards[environment].answer(*request))
+
+    def forget(self, environment: int) -> None:
+        self._shards.pop(environment, None)
+
+
+class Workers:
+    """Spawned processes, each with one thread, which live as long as the pipes to them.
+
+        with Workers(2) as workers:
+            env = ShardedVectorEnv(512, "mlp", processes=2, transport=workers.transport)
+
+    They hold the shards of all the environments that are made with this transport: torch is imported once.
+
+    Args:
+        number: of the workers.
 
     Raises:
-        ValueError: what makes an environment cannot be sent to another process.
+        RuntimeError: see `check_main_guard`.
     """
 
-    def __init__(self, makes: Sequence[Make]) -> None:
+    def __init__(self, number: int) -> None:
         check_main_guard()
+        self._environments = count()
         self._pipes: list[Connection] = []
         self._workers: list[BaseProcess] = []
         context = multiprocessing.get_context("spawn")
         try:
-            for number in range(len(makes)):
+            for worker_number in range(number):
                 pipe, far = context.Pipe()
                 self._pipes.append(pipe)
-                worker = context.Process(target=_work, args=(far,), daemon=True, name=f"rlsched-shard-{number}")
+                worker = context.Process(target=_work, args=(far,), daemon=True, name=f"rlsched-worker-{worker_number}")
                 with deaf_to_interrupts():
                     worker.start()
                 self._workers.append(worker)
                 far.close()
-            self._send(makes)
-        except BaseException as error:
+        except BaseException:
             self.close()
-            if isinstance(error, (AttributeError, TypeError, pickle.PicklingError)):
-                raise ValueError(
-                    "tasks: an inner task (or an option) cannot be sent to a worker process, for which its network and "
-                    f"loss must be importable, not lambdas; or use one process. The reason: {error}"
-                ) from error
             raise
 
-    def ask(self, requests: Sequence[Request | None]) -> list[Any]:
-        self._send(requests)
-        ends = zip(requests, self._pipes, self._workers, strict=True)
-        return [request and _answer(pipe, worker) for request, pipe, worker in ends]
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def transport(self, makes: Sequence[Make]) -> Transport:
+        """For `ShardedVectorEnv(transport=…)`, of at most as many processes as there are workers.
+
+        Raises:
+            ValueError: what makes an environment cannot be sent to another process; there are more shards than workers.
+        """
+        if len(makes) > len(self._pipes):
+            raise ValueError(f"processes must be at most the {len(self._pipes)} workers, got {len(makes)}")
+        return _Shards(self, next(self._environments), _pickled(makes))
+
+    def ask(self, messages: Sequence[_Message | None]) -> list[Any]:
+        """The answers of the first workers, None where there is no message.
+
+        Raises:
+            ClosedEnvironmentError: after `close`.
+        """
+        if any(pipe.closed for pipe in self._pipes):
+            raise ClosedEnvironmentError("the workers were closed, or interrupted: make new ones")
+        try:
+            self.send(messages)
+            ends = zip(messages, self._pipes, self._workers, strict=False)
+            return [message and _answer(pipe, worker) for message, pipe, worker in ends]
+        except BaseException:  # an interrupt: answers may be under way, which the next to ask would take for its own
+            self.close()
+            raise
+
+    def send(self, messages: Sequence[_Message | None]) -> None:
+        for pipe, message in zip(self._pipes, messages, strict=False):
+            if message is not None and not pipe.closed:
+                with suppress(ConnectionError):  # the worker is dead, and its answer will say so
+                    pipe.send(message)
 
     def close(self) -> None:
         """End the workers; those that do not go within `GRACE`, be they busy, stopped or hung, are killed."""
@@ -170,11 +225,39 @@ class Processes:
             for worker in self._workers:
                 worker.join(GRACE)
 
-    def _send(self, messages: Sequence[Any]) -> None:
-        for pipe, message in zip(self._pipes, messages, strict=True):
-            if message is not None:
-                with suppress(ConnectionError):  # the worker is dead, and its answer will say so
-                    pipe.send(message)
+
+class _Shards:
+    """A `Transport` to the shards of one environment, shard i on worker i."""
+
+    def __init__(self, workers: Workers, environment: int, makes: Sequence[bytes]) -> None:
+        self._workers, self._environment = workers, environment
+        self._makes: list[bytes | None] = list(makes)  # None once they were sent
+
+    def ask(self, requests: Sequence[Request | None]) -> list[Any]:
+        messages: list[_Message | None] = []
+        for shard, request in enumerate(requests):
+            messages.append(request and (self._environment, request, self._makes[shard]))
+            if request is not None:
+                self._makes[shard] = None
+        return self._workers.ask(messages)
+
+    def close(self) -> None:
+        self._workers.send([(self._environment, None, None)] * len(self._makes))
+
+
+class Processes(_Shards):
+    """Each shard in a worker process of its own, which ends with the environment.
+
+    Raises:
+        ValueError: what makes an environment cannot be sent to another process.
+    """
+
+    def __init__(self, makes: Sequence[Make]) -> None:
+        sent = _pickled(makes)
+        super().__init__(Workers(len(makes)), 0, sent)
+
+    def close(self) -> None:
+        self._workers.close()
 
 
 def check_main_guard() -> None:
@@ -230,21 +313,29 @@ def _answer(pipe: Connection, worker: BaseProcess) -> Any:
 
 def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted parent closes the pipe
-    torch.set_num_threads(1)
+    host = Host()
     with suppress(EOFError, ConnectionError):  # the parent closed the pipe
-        try:
-            shard = Shard(pipe.recv())
-        except (EOFError, ConnectionError):
-            raise
-        except Exception as error:  # a module of the task cannot be imported here
-            shard = Shard(partial(_refuse, error))
         while True:
-            answer = shard.answer(*pipe.recv())
-            pipe.send(portable(answer))
+            environment, request, make = pipe.recv()
+            if request is None:
+                host.forget(environment)
+            else:
+                pipe.send(host.answer(environment, request, make))
 
 
-def _refuse(error: Exception) -> NoReturn:
-    raise error
+def _pickled(makes: Sequence[Make]) -> list[bytes]:
+    try:
+        return [bytes(ForkingPickler.dumps(make)) for make in makes]  # tensors in memory that both processes share
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise ValueError(
+            "tasks: an inner task (or an option) cannot be sent to a worker process, for which its network and "
+            f"loss must be importable, not lambdas; or use one process. The reason: {error}"
+        ) from error
+
+
+def _made(make: bytes) -> VectorEnv[Array, Array, Array]:
+    made: Make = pickle.loads(make)  # here, so that a module which cannot be imported is told as an answer
+    return made()
 
 
 def portable(answer: Any) -> Any:
@@ -271,8 +362,9 @@ class ShardedVectorEnv(VectorEnv[Array, Array, Array]):
         num_envs, tasks, clones, autoreset_mode, render_mode, options: those of `SchedulingVectorEnv`.
         processes: shards, each with a near-equal part of the tasks; or of the runs, where there are fewer tasks: a
             stack of many networks is trained in less time than two of half as many.
-        transport: where the shards live: `Processes`, each in a worker process with one thread; `Inline`, in this
-            process, for debugging; on a Ray cluster (`rlsched.envs.cluster`); or anything that makes a `Transport`.
+        transport: where the shards live: `Processes`, each in a worker process with one thread; `Workers.transport`,
+            in processes that several environments share; `Inline`, in this process, for debugging; on a Ray cluster
+            (`rlsched.envs.cluster`); or anything that makes a `Transport`.
     """
 
     metadata: dict[str, Any] = SchedulingVectorEnv.metadata

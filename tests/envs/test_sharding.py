@@ -20,8 +20,8 @@ from gymnasium.vector import AutoresetMode
 from helpers import Losing
 from torch import nn
 
-from rlsched.envs import FAMILIES, SchedulingVectorEnv
-from rlsched.envs.sharding import Inline, Processes, Shard, ShardedVectorEnv, join, split
+from rlsched.envs import FAMILIES, SchedulingVectorEnv, sharding
+from rlsched.envs.sharding import Inline, Processes, Shard, ShardedVectorEnv, Workers, join, split
 
 RUNS = 5
 
@@ -146,9 +146,9 @@ def test_shards_give_the_same_episodes_and_their_mistakes_are_told(tasks, transp
         workers = {worker.name: worker for worker in set(active_children()) - before}
         assert len(workers) == (2 if transport is Processes else 0)
         if workers:
-            os.kill(workers["rlsched-shard-1"].pid, signal.SIGKILL)
+            os.kill(workers["rlsched-worker-1"].pid, signal.SIGKILL)
             for _ in range(2):
-                with pytest.raises(ChildProcessError, match=r"worker process rlsched-shard-1 died \(exit code -9\)"):
+                with pytest.raises(ChildProcessError, match=r"worker process rlsched-worker-1 died \(exit code -9\)"):
                     env.reset(seed=0)
     finally:
         env.close()
@@ -259,9 +259,9 @@ def test_workers_end_at_once_whatever_they_do(state):
     transport = Processes([Sleeper, Sleeper])
     try:
         assert all(answer.metadata == {} for answer in transport.ask([("open", None)] * 2))
-        workers = list(transport._workers)
+        workers = list(transport._workers._workers)
         if state == "busy":
-            transport._send([("reset", (0, None))] * 2)
+            transport._workers.send([(0, ("reset", (0, None)), None)] * 2)
         if state == "stopped":
             os.kill(workers[0].pid, signal.SIGSTOP)
         time.sleep(0.2)
@@ -273,12 +273,43 @@ def test_workers_end_at_once_whatever_they_do(state):
     transport.close()
 
 
+def test_environments_share_workers(tasks):
+    """Each would import torch anew, and hold its memory; or take the answers to another for its own.
+
+    An environment that is closed leaves the others their workers; an interrupt leaves nobody unread answers.
+    """
+    before = set(active_children())
+    single = SchedulingVectorEnv(RUNS, tasks)
+    whole = returns(single)
+    actions = np.random.default_rng(0).uniform(-1, 1, single.action_space.shape)
+    with Workers(2) as workers:
+        envs = [ShardedVectorEnv(RUNS, tasks, processes=n, transport=workers.transport) for n in (2, 1, 2)]
+        assert len(set(active_children()) - before) == 2
+        assert_same(envs[0].reset(seed=2), whole[0], 1e-4)
+        assert_same(tuple(returns(envs[1])), tuple(whole), 1e-4)
+        envs[1].close()
+        assert_same(envs[0].step(actions), whole[1], 1e-4)
+        with pytest.raises(ValueError, match="processes must be at most the 2 workers, got 3"):
+            ShardedVectorEnv(RUNS, tasks, processes=3, transport=workers.transport)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(sharding, "_answer", interrupted)
+            envs[0].reset(seed=0)
+        with pytest.raises(ClosedEnvironmentError, match="workers were closed, or interrupted"):
+            envs[2].reset(seed=0)
+    assert set(active_children()) == before
+
+
+def interrupted(*_):
+    """Ctrl-C while an answer is awaited."""
+    raise KeyboardInterrupt
+
+
 def test_workers_are_deaf_to_interrupts_from_their_first_moment():
     """Ctrl-C while they import torch would bury the one line of their parent under a traceback from each of them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     transport = Processes([Sleeper])
     try:
-        status = Path(f"/proc/{transport._workers[0].pid}/status").read_text(encoding="utf-8")
+        status = Path(f"/proc/{transport._workers._workers[0].pid}/status").read_text(encoding="utf-8")
         (blocked,) = re.findall(r"SigBlk:\s*(\w+)", status)
         assert int(blocked, 16) >> (signal.SIGINT - 1) & 1
     finally:
