@@ -154,7 +154,7 @@ def _where_all_signs(policy: SchedulePolicy, name: str, by: float, signs: Signs,
     if not 0 <= by <= 2:
         raise ValueError(f"{name}: by must be in [0, 2], got {by!r}")
     _check_moves_lr(policy)
-    seen = tuple(name for weights, _ in signs for name in weights)
+    seen = tuple(dict.fromkeys(name for weights, _ in signs for name in weights))
     if len(policy.actor.hidden) != 2 or policy.actor.activation != "tanh" or not {*seen} <= {*policy.observations}:
         raise ValueError(
             f"policy must have two layers of tanh and see {[*seen]}, it has {len(policy.actor.hidden)} of "

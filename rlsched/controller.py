@@ -249,7 +249,7 @@ class Controller(TrainingRun):
         if guard.moves_lr:
             whose = [f"group {name}: " for name in groups.names] if self.options.per_group else [""]
             states = list(map(guard.bound_lr, states, before, summaries, whose))
-        states, filled, diverges = guard.answer_divergence(run, states, before, window, summary, self.validation)
+        states, filled, diverges = guard.answer_divergence(run, states, before, windows, summary, self.validation)
         if "momentum" in self._written:
             groups.rescale_buffers(run, filled, states)
         if not diverges:

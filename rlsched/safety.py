@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from rlsched import schedule
 from rlsched.control import LR
 from rlsched.meter import Meter
-from rlsched.moments import Moments
+from rlsched.moments import Moments, last_steps
 from rlsched.number import Number
 from rlsched.schedule import LOG_PROBE, PROBE, ScheduleState
 from rlsched.signals import Run
@@ -27,7 +27,6 @@ from rlsched.verdict import (
     RISE,
     GuardState,
     Intervention,
-    distance,
     is_above_best,
     judge_loss,
     judge_validation,
@@ -58,9 +57,8 @@ class Guard:
 
     A run diverges if its last three steps or more were not finite; if the running average of its loss is three times
     the lowest that it was, and has lost half of all that was gained since the run began; or if it has lost that much
-    for a tenth of the run, or for a third of that if it is worse than untrained. It idles if for a twentieth of the run
-    nothing was gained at all, at learning rates of more than twice those of the base schedule, by steps that ought to
-    have gained something to first order. It learns its data by heart if its validation loss is far above its lowest.
+    for a tenth of the run, or for a third of that if it is worse than untrained; or if nothing has had a gradient for
+    three windows. It learns its data by heart if its validation loss is far above its lowest.
 
     Args:
         optimizer: whose weights and state snapshots are of.
@@ -170,7 +168,7 @@ class Guard:
         run: Run,
         states: States,
         before: States,
-        window: Moments,
+        windows: Sequence[Moments],
         summary: Summary,
         validation: Validation,
     ) -> tuple[States, States, bool]:
@@ -179,7 +177,7 @@ class Guard:
         Args:
             states: after the decision.
             before: before it.
-            window, summary: what was measured; the summary is that of the whole network.
+            windows, summary: what was measured of each group; the summary is that of the whole network.
             validation: the validation losses so far.
 
         Returns:
@@ -188,13 +186,13 @@ class Guard:
         Raises:
             DivergenceError: the run diverges, and that was asked for.
         """
-        step, highest = states[0].step, max(before, key=distance)
-        alarm = self.alarm(run, highest, window, summary)
+        step = states[0].step
+        alarm = self.alarm(run, before[0], windows, summary)
         if self.undo_overfitting and self.keeps_snapshots:
-            self.state, overfits = judge_validation(self.state, run, highest, validation)
+            self.state, overfits = judge_validation(self.state, run, before[0], validation)
             alarm = alarm or overfits
         if alarm is None:
-            self._note_nonfinite(states[0], window)
+            self._note_nonfinite(states[0], windows[0])
             if self.is_well():
                 states = [state._replace(bound=min(LR.high, state.bound + EASE)) for state in states]
             return states, before, False
@@ -212,8 +210,9 @@ class Guard:
         self.intervene(step, f"{alarm}: {' and '.join(answer) or nothing}", kind="divergence")
         return states, filled, True
 
-    def alarm(self, run: Run, before: ScheduleState, window: Moments, summary: Summary) -> str | None:
-        """Whether the run diverges, or idles."""
+    def alarm(self, run: Run, before: ScheduleState, windows: Sequence[Moments], summary: Summary) -> str | None:
+        """Whether the run diverges."""
+        window = windows[0]
         finite = [math.isfinite(norm) for norm in window.grad_norm]
         last = next((i for i, ok in enumerate(reversed(finite)) if ok), None)
         nonfinite = self.state.nonfinite + len(finite) if last is None else last
@@ -227,7 +226,10 @@ class Guard:
             self._try(window, summary)
         if math.isnan(self.state.first):
             self.state = self.state.anew(summary.loss)
-        self.state, alarm = judge_loss(self.state, run, before, summary)
+        elif not self.state.is_sure:
+            self.state = self.state.surer(summary)
+        is_dead = all(sum(x != 0 for x in last_steps(each).grad_square) == 0 for each in windows)  # NaN is not 0
+        self.state, alarm = judge_loss(self.state, run, before, summary, is_dead=is_dead)
         return alarm
 
     def _try(self, window: Moments, summary: Summary) -> None:
@@ -262,7 +264,7 @@ class Guard:
         """Whether a run that does not diverge is as good as it ever was, but for the noise."""
         state = self.state
         unknown = math.isnan(state.first)
-        bad = state.nonfinite or state.idle or state.on_trial
+        bad = state.nonfinite or state.dead or state.on_trial
         return not bad and (unknown or state.average <= state.lowest + NOISE * state.noise)
 
     def consider_snapshot(self, run: Run, states: States, loss: Number | None, validation: Validation) -> None:

@@ -1,12 +1,10 @@
-"""Whether a run diverges or idles, as its loss tells; or overfits, as its validation loss does."""
+"""Whether a run diverges, as its loss tells; or overfits, as its validation loss does."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from rlsched.control import LR
-from rlsched.number import Number
 from rlsched.schedule import ScheduleState
 from rlsched.signals import FAST, Run
 from rlsched.summary import Summary
@@ -15,13 +13,13 @@ from rlsched.validation import Validation
 RISE = math.log(3)  # of the average loss over its lowest
 NOISE = 3.0  # a loss is above another by so many times the noise, or it is the same
 NOISE_WEIGHT = 0.1  # of a new window in the running average of the noise
-PATIENCE = 0.1  # of the windows of a run: for so long may a loss that was gained be lost, or nothing be gained
+PATIENCE = 0.1  # of the windows of a run: for so long may a loss that was gained be lost
 LEAST_PATIENCE = 3  # windows
-FAR_ABOVE = math.log(2)  # the base schedule's learning rate, to gain nothing
+LUCK = math.log(2)  # by which the loss of the first mini-batch may be below that of the next ones, by chance
+LEARNT = math.log(2)  # of the first loss: who has lost that may be done, and have no gradient for it
 OVERFIT = math.log(2)  # of the validation loss over its lowest; less as the run ends, when nothing is to follow
 LEAST_OVERFIT = 0.02
 TIMES_OVERFIT = 2  # validations in a row, of which each shows it
-PROMISE = math.log(0.1)  # of the loss, which the gradients of a window have to promise, lest the steps are too small
 
 
 class Intervention(NamedTuple):
@@ -36,11 +34,12 @@ class GuardState(NamedTuple):
 
     nonfinite: int = 0  # steps in a row, up to the last one
     first: float = math.nan  # log loss of the first window
+    is_sure: bool = False  # whether that has been compared with the next window's
     average: float = math.nan  # running average of the log loss
     lowest: float = math.nan  # that it was
     noise: float = 0.0  # running average of how far the log loss of a window is from the running average
     lost: int = 0  # windows in a row in which half of what was gained is lost
-    idle: int = 0  # windows in a row far above the base schedule, and nothing gained
+    dead: int = 0  # windows in a row in which nothing has a gradient
     overfit: int = 0  # validations in a row whose loss was far above the lowest; −1: since that was answered
     restored_at: int = -1  # inner step whose gradients are of weights that were taken back
     on_trial: bool = False  # whether weights were brought back, and no loss of theirs has been seen
@@ -64,14 +63,22 @@ class GuardState(NamedTuple):
 
     def anew(self, loss: float) -> GuardState:
         """The same, to compare what comes with this log loss."""
-        return self._replace(first=loss, average=loss, lowest=loss, lost=0, idle=0)
+        return self._replace(first=loss, average=loss, lowest=loss, lost=0, dead=0)
+
+    def surer(self, window: Summary) -> GuardState:
+        """The same after the second window: the first was of one mini-batch, whose loss may have been low by luck."""
+        is_luck = 0 < window.loss - self.first < min(NOISE * window.loss_std, LUCK)
+        return (self.anew(window.loss) if is_luck else self)._replace(is_sure=True)
 
 
-def judge_loss(was: GuardState, run: Run, before: ScheduleState, window: Summary) -> tuple[GuardState, str | None]:
-    """What is known after another window, under the state `before`, and why it cannot go on so, if it diverges or
-    idles.
+def judge_loss(
+    was: GuardState, run: Run, before: ScheduleState, window: Summary, *, is_dead: bool = False
+) -> tuple[GuardState, str | None]:
+    """What is known after another window, under the state `before`, and why it cannot go on so, if it diverges.
 
     What comes after it is judged anew: it has to get worse by as much to be told again.
+
+    A window `is_dead` if no gradient came through the network, as where all units of a layer are off for all data.
     """
     patience = max(LEAST_PATIENCE, PATIENCE * run.total_steps / run.interval)
     average = was.average + FAST * (window.loss - was.average)
@@ -87,21 +94,13 @@ def judge_loss(was: GuardState, run: Run, before: ScheduleState, window: Summary
 
     lost = (state.lost + 1) * state.has_lost_half
     lost_is_enough = lost > (max(LEAST_PATIENCE, patience / 3) if average > state.first + noise else patience)
-    factor = distance(before)
-    promised = window.predicted_decrease + math.log(run.interval)  # of the loss, in the window, as a logarithm
-    idles = (
-        factor > FAR_ABOVE
-        and promised > PROMISE
-        and state.first - average < max(NOISE * min(noise, window.loss_std), 1e-3)
-    )
-    idle = (state.idle + 1) * idles
-    after = state._replace(lost=lost, idle=idle)
+    dead = (state.dead + 1) * (is_dead and average > state.first - LEARNT)
+    after = state._replace(lost=lost, dead=dead)
     if (average > lowest + RISE and state.is_past_half) or lost_is_enough:
         alarm = f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}"
         return after.anew(max(window.loss, average)), alarm
-    if idle > max(LEAST_PATIENCE, patience / 2):
-        times = f"{math.exp(factor):.2g} times that of the base schedule"
-        return after.anew(average), f"the loss is where it began, at an lr of {times}"
+    if dead >= LEAST_PATIENCE:
+        return after.anew(average), "nothing but the smallest parameters has a gradient any more"
     return after, None
 
 
@@ -128,8 +127,3 @@ def judge_validation(
 def is_above_best(validation: Validation, allowed: float = LEAST_OVERFIT) -> bool:
     """Whether the last validation loss is more e-folds above the lowest than is allowed; not if there was none."""
     return validation.best > 0 and not validation.loss <= validation.best * math.exp(allowed)
-
-
-def distance(state: ScheduleState) -> Number:
-    """E-folds by which the learning rate is above the base schedule's."""
-    return state.control[LR.name] + state.lr_offset
