@@ -7,7 +7,7 @@ from helpers import lively_policy
 from rlsched import SchedulePolicy
 from rlsched.actors import Perceptron, Recurrent
 from rlsched.cli import main
-from rlsched.committee import bolder, calmer, committee_of, steadier
+from rlsched.committee import bolder, calmer, committee_of, steadier, warier
 from rlsched.domain import Domain
 from rlsched.signals import OBSERVATION_NAMES
 
@@ -142,18 +142,23 @@ def test_calmer_policy_takes_back_where_data_are_learnt_by_heart_and_nowhere_els
 
 def test_steadier_policy_holds_on_while_gradients_swing_in_small_steps_and_nowhere_else():
     """A language model under SGD without momentum would be trained at a fifth of its learning rate; one whose gradient
-    is thrown about, or whose updates are large already, would be driven over the edge."""
+    is thrown about, or whose updates are large already, would be driven over the edge. Clipped at every step, its
+    gradient has one norm, and large updates are safe."""
     policy = member(0, controls=("clip", "lr"))
     made = steadier(policy, 0.5)
-    swinging = {"momentum": -1.0, "grad_cosine": -1.0, "grad_norm_noise": 0.0, "update_ratio": -0.3}
+    swinging = {"momentum": -1.0, "adaptive": -1.0, "grad_cosine": -1.0, "grad_norm_noise": 0.0, "update_ratio": 0.4}
     for missing, expected in (
         ({}, 0.5),
         (dict.fromkeys(swinging, 0.0), 0.0),
         ({"momentum": 0.0}, 0.0),
+        ({"adaptive": 1.0}, 0.0),  # RMSprop, Adadelta
         ({"grad_cosine": 0.3}, 0.0),
         ({"grad_norm_noise": 1.0}, 0.0),
-        ({"update_ratio": 0.9}, 0.0),
-        ({"update_ratio": 0.4}, 0.25),  # half-way
+        ({"update_ratio": 1.4}, 0.0),
+        ({"update_ratio": 0.9}, 0.25),  # half-way
+        ({"grad_norm_noise": 0.2}, 0.33),
+        ({"grad_norm_noise": 0.2, "update_ratio": 0.9}, 0.0),
+        ({"grad_norm_noise": 0.2, "update_ratio": -0.3}, 0.45),
     ):
         observation = seen(**{**swinging, **missing})
         more = made.actor(observation)[0] - policy.actor(observation)[0]
@@ -161,13 +166,32 @@ def test_steadier_policy_holds_on_while_gradients_swing_in_small_steps_and_nowhe
     assert made.info["steadier"] == 0.5 and made.safe_start == policy.safe_start
 
 
-@pytest.mark.parametrize("correct", [bolder, calmer, steadier])
+def test_warier_policy_waits_on_a_plateau_and_nowhere_else():
+    """A deep network would be blown up before it has begun to learn; one that learns would be slowed."""
+    policy = member(0, controls=("clip", "lr"))
+    made = warier(policy, 1.5)
+    waiting = {"adaptive": -1.0, "loss_vs_first": 0.0, "update_ratio": 0.6}
+    for missing, expected in (
+        ({}, 1.5),
+        ({"loss_vs_first": 0.1}, 1.5),
+        ({"adaptive": 1.0}, 0.0),
+        ({"loss_vs_first": -0.12}, 0.0),
+        ({"loss_vs_first": -0.06}, 0.75),  # half-way
+        ({"update_ratio": -0.2}, 0.0),
+    ):
+        observation = seen(**{**waiting, **missing})
+        less = policy.actor(observation)[0] - made.actor(observation)[0]
+        torch.testing.assert_close(less, torch.tensor([[0.0, expected]]), atol=0.1, rtol=0)
+    assert made.info["warier"] == 1.5 and made.safe_start == policy.safe_start
+
+
+@pytest.mark.parametrize("correct", [bolder, calmer, steadier, warier])
 def test_corrections_add_up(correct):
     """A file that says the last of two numbers would be made again as another policy."""
     assert correct(correct(member(0), 0.3), 0.2).info[correct.__name__] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(("correct", "sign"), [(calmer, "loss_vs_first"), (steadier, "momentum")])
+@pytest.mark.parametrize(("correct", "sign"), [(calmer, "loss_vs_first"), (steadier, "momentum"), (warier, "adaptive")])
 def test_policy_that_cannot_be_corrected_is_refused(correct, sign):
     """A policy that does not see the signs would be corrected nowhere, or everywhere."""
     for policy, by, said in (
@@ -203,6 +227,8 @@ def test_command_exports_a_corrected_policy(tmp_path, capsys):
     assert SchedulePolicy.load(out).digest == calmer(bolder(member(0), 0.2), 1.8).digest
     assert main(["export", str(file), "--steadier", "0.5", "--out", str(out)]) == 0
     assert SchedulePolicy.load(out).digest == steadier(member(0), 0.5).digest
-    for option in ("bolder", "calmer", "steadier"):
+    assert main(["export", str(file), "--warier", "1.5", "--out", str(out)]) == 0
+    assert SchedulePolicy.load(out).digest == warier(member(0), 1.5).digest
+    for option in ("bolder", "calmer", "steadier", "warier"):
         assert main(["export", str(file), f"--{option}", "20", "--out", str(out)]) == 1
         assert f"{option}: by must be in [" in capsys.readouterr().err

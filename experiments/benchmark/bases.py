@@ -71,6 +71,7 @@ def plain(lr: float, clip: float | None = 0.25) -> Base:
 
 
 SGD_MOMENTUM = Base(SGD, 0.1, {"momentum": 0.9}, sweep=FALLING)
+PLAIN_UNCLIPPED = Base(SGD, 0.3, sweep=FALLING)  # at a learning rate that suits perceptrons
 SGD_DECAY = Base(SGD, 0.1, {"momentum": 0.9, "weight_decay": 5e-4}, sweep=FALLING)
 ADAM = Base(Adam, 1e-3)
 ADAMW = Base(AdamW, 1e-3, {"weight_decay": 0.01})

@@ -18,8 +18,9 @@ from rlsched.onnx_policy import load_policy
 NEEDS = ()  # its options say what there is
 DESCRIPTION = f"""\
 Measure policies on a suite of tasks, each from five base learning rates, against cosine whose learning rate is tuned
-for each task, and against other baselines. Choose between policies on --suite development, which takes minutes; run
---suite test once for a policy that is released, and choose nothing by it. Runs of several policies and methods stand
+for each task, and against other baselines. Choose between policies on --suite development, which takes minutes, and on
+--suite plateaus, networks that learn next to nothing at first; run --suite test once for a policy that is released, and
+choose nothing by it. Runs of several policies and methods stand
 side by side in runs.jsonl, and those that are there are not done again. From it come table.md, base-lr.png,
 profile.png, the learning rates in lr*.png and TensorBoard logs, all in the folder --out.
 

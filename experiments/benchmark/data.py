@@ -99,6 +99,32 @@ def topics_by_word(length: int = 20) -> Points:
 
 TOPIC_CHARACTERS, WORDS = 128, 500  # symbols: ASCII, and the most frequent words with one for all others
 
+# --- Plateaus ---------------------------------------------------------------------------------------------------------
+
+
+def waves(points: int = 4000) -> Points:
+    """Three numbers in [−1, 1], and two standardised products of their waves."""
+    x = 2 * torch.rand(points, 3, generator=torch.Generator().manual_seed(SPLIT_SEED)) - 1
+    y = torch.stack([(4 * x[:, 0]).sin() * x[:, 1], (3 * x[:, 1] + 2 * x[:, 2]).cos() * x[:, 0]], 1)
+    return split(x, (y - y.mean(0)) / y.std(0), VALIDATION)
+
+
+@cache
+def shapes(points: int = 5000, length: int = 48) -> Points:
+    """Noisy waves (1, 48) of any phase, of eight shapes."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    labels, t = rng.integers(0, 8, points), np.linspace(0, 1, length)
+    turns = rng.uniform(2, 4, (points, 1)) * t + rng.uniform(0, 1, (points, 1))
+    phase, sine = turns % 1, np.sin(2 * np.pi * turns)
+    chirp = np.sin(2 * np.pi * (turns + 1.5 * t**2))
+    saw = 2 * phase - 1
+    kinds = np.stack([sine, np.sign(saw), saw, -saw, 2 * np.abs(saw) - 1, chirp, sine**3, sine * np.sin(2 * np.pi * t)])
+    signals = kinds[labels, np.arange(points)] * rng.uniform(0.5, 1.5, (points, 1))
+    signals += 0.35 * rng.standard_normal(signals.shape) + rng.uniform(-0.5, 0.5, (points, 1)) * t
+    inputs = _single((signals - signals.mean()) / signals.std())[:, None]
+    return split(inputs, torch.from_numpy(labels), VALIDATION)
+
+
 # --- Test -------------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
-"""The tasks of the benchmark: development tasks, to choose between policies, and test tasks, which choose nothing.
+"""The tasks of the benchmark: development tasks and plateaus, to choose between policies, and test tasks, which choose
+nothing.
 
-A family, a data set or an architecture is in one suite only, and in none that policies train on.
+A family, a data set or an architecture of the test tasks is in no other suite, and none that policies train on is here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rlsched.experiments.benchmark.bases import (
     ADAMW,
     ADAMW_GPT,
     MUON,
+    PLAIN_UNCLIPPED,
     RMSPROP,
     SGD_DECAY,
     SGD_MOMENTUM,
@@ -173,6 +175,14 @@ def _convolutions_1d() -> nn.Module:
     for inputs, outputs, kernel in ((1, 25, 5), (25, 25, 3), (25, 25, 3)):
         layers += [nn.Conv1d(inputs, outputs, kernel, stride=2, padding=1), nn.ReLU()]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(125, 10))
+
+
+def _convolutions_of_shapes() -> nn.Module:
+    """Strides, without normalisation; sequences of 48 numbers."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, kernel in ((1, 24, 5), (24, 24, 3), (24, 24, 3)):
+        layers += [nn.Conv1d(inputs, outputs, kernel, stride=2, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 8))
 
 
 def _next_letter(width: int = 100, embedding: int = 10) -> nn.Module:
@@ -331,8 +341,35 @@ TEST: Mapping[str, Task] = {
     ),
 }
 
-SUITES: Mapping[str, Mapping[str, Task]] = {"development": DEVELOPMENT, "test": TEST}
-TASKS: Mapping[str, Task] = {**DEVELOPMENT, **TEST}
+# Networks that learn next to nothing at first, and then much at once: who raises the learning rate until they do may
+# blow them up, and who takes it for too high may hold it down for good.
+PLATEAUS: Mapping[str, Task] = {
+    "waves-perceptron": Task(
+        partial(perceptron, 3, 48, 48, 2, activation=nn.Tanh, bias=False),
+        _of(data.waves),
+        NUMBERS,
+        {"muon": MUON, "rmsprop": RMSPROP, "adam": ADAM, "sgd": SGD_MOMENTUM},
+        (1000,),
+    ),
+    "shapes-cnn": Task(
+        _convolutions_of_shapes,
+        _of(data.shapes),
+        CLASSES,
+        {"sgd": SGD_MOMENTUM, "plain": PLAIN_UNCLIPPED, "adadelta": ADADELTA},
+        LONG,
+        64,
+    ),
+    "patches-deep": Task(
+        partial(_flat, 192, 48, 48, 48, 48, 48, 8),
+        _of(data.patches),
+        CLASSES,
+        {"sgd": SGD_MOMENTUM, "plain": PLAIN_UNCLIPPED, "adam": ADAM},
+        (400, 1600),
+    ),
+}
+
+SUITES: Mapping[str, Mapping[str, Task]] = {"development": DEVELOPMENT, "plateaus": PLATEAUS, "test": TEST}
+TASKS: Mapping[str, Task] = {**DEVELOPMENT, **PLATEAUS, **TEST}
 
 
 def cells(name: str) -> list[Cell]:

@@ -29,7 +29,7 @@ from rlsched.experiments.benchmark.methods import BASELINES, Ignorant, ablations
 from rlsched.experiments.benchmark.plots import BASE_LR, PROFILE, TENSORBOARD
 from rlsched.experiments.benchmark.results import REFERENCE, TUNED, Condition, Contender, Results
 from rlsched.experiments.benchmark.run import RUNS, Job, Plan, Trial, evaluate, key, perform, run
-from rlsched.experiments.benchmark.tasks import CODES, DEVELOPMENT, NUMBERS, TASKS, TEST, Task, cells
+from rlsched.experiments.benchmark.tasks import CODES, DEVELOPMENT, NUMBERS, PLATEAUS, TASKS, TEST, Task, cells
 from rlsched.experiments.journal import read
 from rlsched.experiments.networks import perceptron
 from rlsched.experiments.schedules import SCHEDULES
@@ -75,12 +75,13 @@ def source(task):
 
 def test_circles_share_no_data_and_no_architecture():
     """What a policy was chosen on, or trained on, would be what it is praised for."""
-    development, test = ({source(task) for task in suite.values()} for suite in (DEVELOPMENT, TEST))
-    assert development == {"patches", "topics", "cancer", "wine"}
+    chosen_on = {**DEVELOPMENT, **PLATEAUS}
+    development, test = ({source(task) for task in suite.values()} for suite in (chosen_on, TEST))
+    assert development == {"patches", "topics", "cancer", "wine", "waves", "shapes"}
     assert test == {"mnist", "docstrings", "names", "friedman", "pendulum"}
     assert development.isdisjoint(test) and (development | test).isdisjoint(TRAINING_DATA)
     circles = [
-        {signature(task.network()) for task in DEVELOPMENT.values()},
+        {signature(task.network()) for task in chosen_on.values()},
         {signature(task.network()) for task in TEST.values()},
         {signature(task.network()) for task in FAMILIES.values()},
     ]
@@ -97,14 +98,36 @@ def test_each_optimizer_is_met_by_several_tasks():
     assert {kind.__name__ for kind in met} == {"SGD", "Adam", "AdamW", "RMSprop", "Adadelta", "Muon"}
     assert all(met.count(kind) >= 2 for kind in met)
     assert 16 <= sum(len(task.bases) for task in TEST.values()) <= 24
-    plains = [b for task in TASKS.values() for b in task.bases.values() if b.kind is SGD and not b.options]
+    plains = [b for task in (*DEVELOPMENT.values(), *TEST.values()) for b in task.bases.values() if b.kind is SGD]
+    plains = [base for base in plains if not base.options]
     assert len(plains) >= 5 and all(1 <= base.lr <= 30 for base in plains)
 
 
 def test_development_suite_is_small():
     """It has to answer in minutes, or nobody asks it."""
-    assert all(sum(p.numel() for p in task.network().parameters()) <= 50_000 for task in DEVELOPMENT.values())
-    assert all(max(task.steps) <= 800 for task in DEVELOPMENT.values())
+    quick = [*DEVELOPMENT.values(), *PLATEAUS.values()]
+    assert all(sum(p.numel() for p in task.network().parameters()) <= 50_000 for task in quick)
+    assert all(max(task.steps) <= (800 if task in DEVELOPMENT.values() else 2000) for task in quick)
+
+
+def test_waves_and_shapes_can_be_told():
+    """A regression on noise, or classes that are one another's mirror, would be a plateau for ever."""
+    waves = TASKS["waves-perceptron"].data(None)
+    again = torch.stack(
+        [
+            (4 * waves.inputs[:, 0]).sin() * waves.inputs[:, 1],
+            (3 * waves.inputs[:, 1] + 2 * waves.inputs[:, 2]).cos() * waves.inputs[:, 0],
+        ],
+        1,
+    )
+    assert torch.corrcoef(torch.cat([again, waves.targets], 1).T)[:2, 2:].diagonal().min() > 0.999
+    shapes = TASKS["shapes-cnn"].data(None)
+    assert shapes.inputs.shape[1:] == (1, 48) and shapes.targets.bincount().min() > 400
+    spectra = torch.fft.rfft(shapes.inputs[:, 0]).abs()
+    means = torch.stack([spectra[shapes.targets == k].mean(0) for k in range(8)])
+    different = torch.cdist(means, means) > 1.0
+    mirrored = {(2, 3), (3, 2)}  # saw teeth, up and down, which differ in phase alone
+    assert all(different[i, j] or (i, j) in mirrored for i in range(8) for j in range(8) if i != j)
 
 
 def prototypes(_):
@@ -526,7 +549,7 @@ def test_profile_from_closed_form():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"suite": "train"}, r"suite must be one of \['development', 'test'\], got 'train'"),
+        ({"suite": "train"}, r"suite must be one of \['development', 'plateaus', 'test'\], got 'train'"),
         ({"tasks": ["mnist-cnn"]}, "tasks must be some of .*'wine-by-heart'.*, got .'mnist-cnn"),
         ({"tasks": []}, "tasks must be some of"),
         ({"seeds": 0}, "seeds must be at least 1, got 0"),
