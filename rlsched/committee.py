@@ -5,7 +5,7 @@ Policies of one kind that were trained apart err apart, and their mean errs less
 What they learn is too careful on other tasks than those that they were trained on, which `bolder` makes up for; too
 bold where a network learns its data by heart and no validation loss tells it, of which `calmer` takes back; under SGD
 without momentum, too ready to yield to gradients that oppose each other, against which `steadier` holds; and, under
-SGD, too impatient of a loss that does not fall yet, which `warier` does not let them force.
+SGD with it, too impatient of a loss that does not fall yet, which `warier` does not let them force.
 """
 
 from __future__ import annotations
@@ -107,12 +107,12 @@ def calmer(policy: SchedulePolicy, by: float) -> SchedulePolicy:
 def steadier(policy: SchedulePolicy, by: float) -> SchedulePolicy:
     """A policy with as much more on its actions on the learning rate where gradients oppose each other in small steps.
 
-    That is under SGD without momentum, where the gradients of successive steps point against each other, their norm is
-    steady, and updates are small: below 10 % of the weights where the norm is always the same, as that of gradients
-    that are clipped at every step, and the less the more it varies. A language model is trained so for most of a good
-    run: it swings between the walls of a valley and goes down along it, which a lower learning rate would only slow
-    ("river valley", Wen et al. 2024, "Understanding Warmup-Stable-Decay Learning Rates"). A policy takes it for the
-    edge of divergence.
+    That is under SGD without momentum, where the gradients of successive steps point against each other, their norm and
+    the loss are steady, and updates are small: below 10 % of the weights where the norm is always the same, as that of
+    gradients that are clipped at every step, and the less the more it varies. A language model is trained so for most
+    of a good run: it swings between the walls of a valley and goes down along it, which a lower learning rate would
+    only slow ("river valley", Wen et al. 2024, "Understanding Warmup-Stable-Decay Learning Rates"). A policy takes it
+    for the edge of divergence.
 
     Args:
         policy: a perceptron of two tanh layers that moves the learning rate and sees all this.
@@ -127,9 +127,10 @@ def steadier(policy: SchedulePolicy, by: float) -> SchedulePolicy:
 def warier(policy: SchedulePolicy, by: float) -> SchedulePolicy:
     """A policy with as much less on its actions on the learning rate where nothing is learnt yet in large steps.
 
-    That is under SGD, where the loss is not 11 % below the first one, and updates are above 1.2 % of the weights. Deep
-    networks without normalisation begin on such a plateau, and leave it by themselves; a policy raises the learning
-    rate, time after time, until the network leaves it by an explosion, after which its units may all be off.
+    That is under SGD with momentum, where the loss is not 11 % below the first one, and updates are above 1.2 % of the
+    weights. Deep networks without normalisation begin on such a plateau, and leave it by themselves; a policy raises
+    the learning rate, time after time, until the network leaves it by an explosion, after which its units may all be
+    off.
 
     Args:
         policy: a perceptron of two tanh layers that moves the learning rate and sees all this.
@@ -165,8 +166,10 @@ _SWINGING: Signs = (
     ({"grad_cosine": -6.0}, 1.2),  # a cosine of −0.1
     ({"grad_norm_noise": -6.0}, -1.8),  # a standard deviation of 0.3
     ({"update_ratio": -6.0, "grad_norm_noise": -12.0}, -5.4),  # 0.1 of the weights, 0.03 at a deviation of 0.2
+    ({"loss_noise": -12.0}, -3.6),  # a standard deviation of 0.1
 )
 _UNLEARNT: Signs = (
+    ({"momentum": 16.0}, -12.0),  # any
     ({"adaptive": -3.0}, 0.0),  # SGD
     ({"loss_vs_first": 60.0}, -3.6),  # 0.89 of what it was
     ({"update_ratio": 8.0}, 1.6),  # 0.012 of the weights

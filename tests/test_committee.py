@@ -146,7 +146,14 @@ def test_steadier_policy_holds_on_while_gradients_swing_in_small_steps_and_nowhe
     gradient has one norm, and large updates are safe."""
     policy = member(0, controls=("clip", "lr"))
     made = steadier(policy, 0.5)
-    swinging = {"momentum": -1.0, "adaptive": -1.0, "grad_cosine": -1.0, "grad_norm_noise": 0.0, "update_ratio": 0.4}
+    swinging = {
+        "momentum": -1.0,
+        "adaptive": -1.0,
+        "grad_cosine": -1.0,
+        "grad_norm_noise": 0.0,
+        "update_ratio": 0.2,
+        "loss_noise": 0.0,
+    }
     for missing, expected in (
         ({}, 0.5),
         (dict.fromkeys(swinging, 0.0), 0.0),
@@ -154,9 +161,11 @@ def test_steadier_policy_holds_on_while_gradients_swing_in_small_steps_and_nowhe
         ({"adaptive": 1.0}, 0.0),  # RMSprop, Adadelta
         ({"grad_cosine": 0.3}, 0.0),
         ({"grad_norm_noise": 1.0}, 0.0),
+        ({"loss_noise": 0.6}, 0.0),
+        ({"loss_noise": 0.3}, 0.25),  # half-way
         ({"update_ratio": 1.4}, 0.0),
         ({"update_ratio": 0.9}, 0.25),  # half-way
-        ({"grad_norm_noise": 0.2}, 0.33),
+        ({"grad_norm_noise": 0.2}, 0.45),
         ({"grad_norm_noise": 0.2, "update_ratio": 0.9}, 0.0),
         ({"grad_norm_noise": 0.2, "update_ratio": -0.3}, 0.45),
     ):
@@ -170,9 +179,11 @@ def test_warier_policy_waits_on_a_plateau_and_nowhere_else():
     """A deep network would be blown up before it has begun to learn; one that learns would be slowed."""
     policy = member(0, controls=("clip", "lr"))
     made = warier(policy, 1.5)
-    waiting = {"adaptive": -1.0, "loss_vs_first": 0.0, "update_ratio": 0.6}
+    waiting = {"momentum": 0.0, "adaptive": -1.0, "loss_vs_first": 0.0, "update_ratio": 0.6}
     for missing, expected in (
         ({}, 1.5),
+        ({"momentum": -0.4}, 1.5),  # the policy has lowered it
+        ({"momentum": -1.0}, 0.0),
         ({"loss_vs_first": 0.1}, 1.5),
         ({"adaptive": 1.0}, 0.0),
         ({"loss_vs_first": -0.12}, 0.0),
@@ -191,7 +202,7 @@ def test_corrections_add_up(correct):
     assert correct(correct(member(0), 0.3), 0.2).info[correct.__name__] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(("correct", "sign"), [(calmer, "loss_vs_first"), (steadier, "momentum"), (warier, "adaptive")])
+@pytest.mark.parametrize(("correct", "sign"), [(calmer, "loss_vs_first"), (steadier, "momentum"), (warier, "momentum")])
 def test_policy_that_cannot_be_corrected_is_refused(correct, sign):
     """A policy that does not see the signs would be corrected nowhere, or everywhere."""
     for policy, by, said in (

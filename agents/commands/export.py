@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ("bolder", "added to each action on the learning rate, in [-1, 1]: what was learnt may be too careful"),
         ("calmer", "taken from it where data seem to be learnt by heart and no validation loss is told, in [0, 2]"),
         ("steadier", "added to it where gradients swing in small steps without momentum, in [0, 2]"),
-        ("warier", "taken from it where SGD has learnt nothing yet in large steps, in [0, 2]"),
+        ("warier", "taken from it where SGD with momentum has learnt nothing yet in large steps, in [0, 2]"),
     ):
         parser.add_argument(f"--{name}", type=float, default=0.0, metavar="BY", help=f"{meaning} (default: 0)")
     parser.add_argument("--format", help="safetensors, onnx or torchscript (default: as the name of --out ends)")
