@@ -243,6 +243,6 @@ COMMITTEES: dict[str, Committee] = {
             "perceptrons": _PERCEPTRONS,
             "short": {**_BROAD, "tasks": "short", "num_envs": 672, "batch_size": 2688},
         },
-        corrections={"bolder": 0.2, "calmer": 1.8, "steadier": 0.5, "warier": 1.5},
+        corrections={"bolder": 0.2, "calmer": 1.8, "steadier": 0.8, "warier": 1.5},
     )
 }

@@ -166,7 +166,7 @@ _SWINGING: Signs = (
     ({"grad_cosine": -6.0}, 1.2),  # a cosine of −0.1
     ({"grad_norm_noise": -6.0}, -1.8),  # a standard deviation of 0.3
     ({"update_ratio": -6.0, "grad_norm_noise": -12.0}, -5.4),  # 0.1 of the weights, 0.03 at a deviation of 0.2
-    ({"loss_noise": -12.0}, -3.6),  # a standard deviation of 0.1
+    ({"loss_noise": -12.0}, -2.4),  # a standard deviation of 0.07
 )
 _UNLEARNT: Signs = (
     ({"momentum": 16.0}, -12.0),  # any
