@@ -154,7 +154,7 @@ RANGES = {
     "guard.lowest": A_LOG_LOSS,
     "guard.noise": (0.0, math.inf),
     "guard.lost": COUNTED,
-    "guard.dead": COUNTED,
+    "guard.dead": (-1, 2**62),
     "guard.overfit": (-1, 2**62),
     "guard.restored_at": (-1, 2**62),
     "guard.interventions.step": COUNTED,

@@ -42,10 +42,17 @@ EASE = 0.02  # e-folds by which a good window raises that bound again
 NONFINITE_STEPS = 3  # in a row: a bad batch comes alone
 SNAPSHOT_INTERVAL = 5  # decisions between two snapshots
 MAX_PROBES = 20  # inner steps, until one of them is finite and small enough
+LEAST_MEASURED = 4  # steps of a window, to tell whether its gradients are gone
 PRINTED = 3  # interventions of a kind are printed, and then each that doubles their number
 
 
 States = list[ScheduleState]  # one for all groups, or one for each
+
+
+def _share_alive(window: Moments) -> float:
+    """Of the steps whose gradient was measured, those in which it is not zero; NaN if these are fewer than four."""
+    measured = [square for square in last_steps(window).grad_square if square == square]
+    return sum(square > 0 for square in measured) / len(measured) if len(measured) >= LEAST_MEASURED else math.nan
 
 
 class DivergenceError(RuntimeError):
@@ -57,8 +64,8 @@ class Guard:
 
     A run diverges if its last three steps or more were not finite; if the running average of its loss is three times
     the lowest that it was, and has lost half of all that was gained since the run began; or if it has lost that much
-    for a tenth of the run, or for a third of that if it is worse than untrained; or if nothing has had a gradient for
-    three windows. It learns its data by heart if its validation loss is far above its lowest.
+    for a tenth of the run, or for a third of that if it is worse than untrained; or if most steps of three windows had
+    no gradient. It learns its data by heart if its validation loss is far above its lowest.
 
     Args:
         optimizer: whose weights and state snapshots are of.
@@ -228,8 +235,8 @@ class Guard:
             self.state = self.state.anew(summary.loss)
         elif not self.state.is_sure:
             self.state = self.state.surer(summary)
-        is_dead = all(sum(x != 0 for x in last_steps(each).grad_square) == 0 for each in windows)  # NaN is not 0
-        self.state, alarm = judge_loss(self.state, run, before, summary, is_dead=is_dead)
+        share = max(map(_share_alive, windows))
+        self.state, alarm = judge_loss(self.state, run, before, summary, share_alive=share)
         return alarm
 
     def _try(self, window: Moments, summary: Summary) -> None:
@@ -264,7 +271,7 @@ class Guard:
         """Whether a run that does not diverge is as good as it ever was, but for the noise."""
         state = self.state
         unknown = math.isnan(state.first)
-        bad = state.nonfinite or state.dead or state.on_trial
+        bad = state.nonfinite or state.dead > 0 or state.on_trial
         return not bad and (unknown or state.average <= state.lowest + NOISE * state.noise)
 
     def consider_snapshot(self, run: Run, states: States, loss: Number | None, validation: Validation) -> None:
@@ -274,7 +281,7 @@ class Guard:
         here = 0.0 if loss is None else float(loss)
         then = -1 if self.snapshot is None else self.snapshot.schedule[0].step
         if self.undo_overfitting and validation.best_step > then:  # what is best is well, whatever the training loss
-            is_wanted = math.isfinite(here)
+            is_wanted = math.isfinite(here) and self.state.dead <= 0
         else:
             is_due = then < 0 or (states[0].step // run.interval) % SNAPSHOT_INTERVAL == 0
             is_well = self.is_well() and not (self.undo_overfitting and is_above_best(validation))
@@ -299,7 +306,7 @@ class Guard:
         self.meter.average_norm = self.snapshot.average_norm
         then, interventions = self.snapshot, self.state.interventions
         self.state = then.guard._replace(
-            interventions=interventions, restored_at=states[0].step, on_trial=True, overfit=-1
+            interventions=interventions, restored_at=states[0].step, on_trial=True, overfit=-1, dead=-1
         )
         pairs = zip(states, then.schedule, strict=False)  # groups that came since then are as they are
         restored = [state._replace(history=old.history, memory=old.memory) for state, old in pairs]

@@ -39,7 +39,7 @@ class GuardState(NamedTuple):
     lowest: float = math.nan  # that it was
     noise: float = 0.0  # running average of how far the log loss of a window is from the running average
     lost: int = 0  # windows in a row in which half of what was gained is lost
-    dead: int = 0  # windows in a row in which nothing has a gradient
+    dead: int = -1  # windows in a row in which most steps had no gradient; −1: until each step of a window has one
     overfit: int = 0  # validations in a row whose loss was far above the lowest; −1: since that was answered
     restored_at: int = -1  # inner step whose gradients are of weights that were taken back
     on_trial: bool = False  # whether weights were brought back, and no loss of theirs has been seen
@@ -63,7 +63,7 @@ class GuardState(NamedTuple):
 
     def anew(self, loss: float) -> GuardState:
         """The same, to compare what comes with this log loss."""
-        return self._replace(first=loss, average=loss, lowest=loss, lost=0, dead=0)
+        return self._replace(first=loss, average=loss, lowest=loss, lost=0, dead=-1)
 
     def surer(self, window: Summary) -> GuardState:
         """The same after the second window: the first was of one mini-batch, whose loss may have been low by luck."""
@@ -72,13 +72,14 @@ class GuardState(NamedTuple):
 
 
 def judge_loss(
-    was: GuardState, run: Run, before: ScheduleState, window: Summary, *, is_dead: bool = False
+    was: GuardState, run: Run, before: ScheduleState, window: Summary, *, share_alive: float = math.nan
 ) -> tuple[GuardState, str | None]:
     """What is known after another window, under the state `before`, and why it cannot go on so, if it diverges.
 
     What comes after it is judged anew: it has to get worse by as much to be told again.
 
-    A window `is_dead` if no gradient came through the network, as where all units of a layer are off for all data.
+    Of the steps of a window a `share_alive` had a gradient, if that is known; a network whose units are all off for all
+    data has none. (One of embeddings, which is seen at a few of its numbers, may never have one in each step.)
     """
     patience = max(LEAST_PATIENCE, PATIENCE * run.total_steps / run.interval)
     average = was.average + FAST * (window.loss - was.average)
@@ -94,7 +95,11 @@ def judge_loss(
 
     lost = (state.lost + 1) * state.has_lost_half
     lost_is_enough = lost > (max(LEAST_PATIENCE, patience / 3) if average > state.first + noise else patience)
-    dead = (state.dead + 1) * (is_dead and average > state.first - LEARNT)
+    dead = state.dead
+    if share_alive > 0.5 or average < state.first - LEARNT:
+        dead = 0 if share_alive == 1 else min(dead, 0)
+    elif share_alive <= 0.5 and dead >= 0:
+        dead += 1
     after = state._replace(lost=lost, dead=dead)
     if (average > lowest + RISE and state.is_past_half) or lost_is_enough:
         alarm = f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}"

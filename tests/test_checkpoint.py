@@ -220,7 +220,7 @@ FORGED = {
     "noise": (["guard", "noise"], -1.0, r"guard.noise must be finite and in \[0, inf\], got -1.0"),
     "loss beyond floats": (["guard", "first"], 1e300, r"guard.first must be finite and in \[-104, 89\]"),
     "windows lost": (["guard", "lost"], 1.5, r"guard.lost must be an int, got 1.5"),
-    "windows dead": (["guard", "dead"], -1, r"guard.dead must be finite and in \[0, "),
+    "windows dead": (["guard", "dead"], -2, r"guard.dead must be finite and in \[-1, "),
     "on trial": (["guard", "on_trial"], 1, r"guard.on_trial must be a bool, got 1"),
     "validation to come": (["validation", "step"], 10, r"validation.step must be at most the step, 9, got 10"),
     "best validation": (["validation", "best"], math.inf, r"validation.best must be finite"),

@@ -529,8 +529,12 @@ def test_lucky_first_batch_is_no_loss_to_be_thrown_back_from():
     assert alarms([0.7, *[2.5] * 40], noise=0.5), "nor by so much"
 
 
-def test_network_without_a_gradient_goes_back():
-    """Whose units are all off learns nothing at any learning rate; its loss is that of the frequencies of classes."""
+@pytest.mark.parametrize("is_validated", [False, True])
+def test_network_without_a_gradient_goes_back(is_validated):
+    """Whose units are all off learns nothing at any learning rate; its loss is that of the frequencies of classes.
+
+    Which may be its best validation loss so far: weights that were kept for it are dead as well.
+    """
     model = nn.Sequential(nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 3))
     generator = torch.Generator().manual_seed(0)
     inputs, labels = torch.randn(64, 80, generator=generator).abs(), torch.randint(3, (64,), generator=generator)
@@ -540,6 +544,8 @@ def test_network_without_a_gradient_goes_back():
             with torch.no_grad():
                 model[0].weight.copy_(-model[0].weight.abs())
                 model[0].bias.fill_(-1.0)
+        if is_validated and step % 5 == 0:
+            optimizer.observe_validation(1.0 - step / 1000)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(inputs), labels)
         loss.backward()
@@ -547,6 +553,30 @@ def test_network_without_a_gradient_goes_back():
     ((step, message),) = optimizer.controller.interventions
     assert 10 + 2 * 5 < step <= 10 + 4 * 5 and "gradient any more: rolled back and lr cut to a tenth" in message
     assert model[0].weight.grad.count_nonzero() > 0
+
+
+def with_gradients(guard, shares):
+    """Whether there is an alarm after windows in which so many of eight steps have a gradient, at one loss."""
+    run, state = RUN._replace(total_steps=800, interval=8), guard_of(network())[1]
+    heard = []
+    for share in shares:
+        window = window_of([2.0] * 8)._replace(grad_square=[1.0] * share + [0.0] * (8 - share))
+        heard.append(guard.alarm(run, state, [window], summarise(window)) is not None)
+    return heard
+
+
+def test_gradient_that_is_gone_is_told_once():
+    """Weights that are brought back may be dead as well: each alarm would cut the learning rate again, to nothing."""
+    guard, _ = guard_of(network())
+    assert with_gradients(guard, [8, 8, 0, 0, 0, 0, 0, 0, 0]) == [False] * 4 + [True] + [False] * 4
+    assert with_gradients(guard, [8, 4, 4, 3]) == [False] * 3 + [True], "once it is alive again"
+    assert with_gradients(guard, [8, 0, 5, 0, 5, 0, 8]) == [False] * 7
+
+
+def test_embeddings_that_are_rarely_seen_are_not_dead():
+    """A recommender's tables have a gradient in a few rows of a million: its sample is zero in most steps."""
+    guard, _ = guard_of(network())
+    assert not any(with_gradients(guard, [1, 0, 2, 0, 0, 0, 0, 1, 0, 0, 0, 0, 7, 0, 0, 0, 0]))
 
 
 def test_network_that_has_learnt_all_may_have_no_gradient():
