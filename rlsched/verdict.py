@@ -39,7 +39,7 @@ class GuardState(NamedTuple):
     lowest: float = math.nan  # that it was
     noise: float = 0.0  # running average of how far the log loss of a window is from the running average
     lost: int = 0  # windows in a row in which half of what was gained is lost
-    dead: int = -1  # windows in a row in which most steps had no gradient; −1: until each step of a window has one
+    dead: int = -1  # windows in a row in which a step had no gradient; −1: until one in which each of them has
     overfit: int = 0  # validations in a row whose loss was far above the lowest; −1: since that was answered
     restored_at: int = -1  # inner step whose gradients are of weights that were taken back
     on_trial: bool = False  # whether weights were brought back, and no loss of theirs has been seen
@@ -96,15 +96,17 @@ def judge_loss(
     lost = (state.lost + 1) * state.has_lost_half
     lost_is_enough = lost > (max(LEAST_PATIENCE, patience / 3) if average > state.first + noise else patience)
     dead = state.dead
-    if share_alive > 0.5 or average < state.first - LEARNT:
-        dead = 0 if share_alive == 1 else min(dead, 0)
-    elif share_alive <= 0.5 and dead >= 0:
+    if share_alive == 1:
+        dead = 0
+    elif average < state.first - LEARNT:
+        dead = min(dead, 0)
+    elif share_alive < 1 and dead >= 0:
         dead += 1
     after = state._replace(lost=lost, dead=dead)
     if (average > lowest + RISE and state.is_past_half) or lost_is_enough:
         alarm = f"the loss has risen from {math.exp(lowest):.3g} to {math.exp(average):.3g}"
         return after.anew(max(window.loss, average)), alarm
-    if dead >= LEAST_PATIENCE:
+    if dead >= LEAST_PATIENCE and share_alive <= 0.5:
         return after.anew(average), "nothing but the smallest parameters has a gradient any more"
     return after, None
 
