@@ -49,12 +49,6 @@ PRINTED = 3  # interventions of a kind are printed, and then each that doubles t
 States = list[ScheduleState]  # one for all groups, or one for each
 
 
-def _share_alive(window: Moments) -> float:
-    """Of the steps whose gradient was measured, those in which it is not zero; NaN if these are fewer than four."""
-    measured = [square for square in last_steps(window).grad_square if square == square]
-    return sum(square > 0 for square in measured) / len(measured) if len(measured) >= LEAST_MEASURED else math.nan
-
-
 class DivergenceError(RuntimeError):
     """Training diverges, and `on_divergence="raise"` was asked for."""
 
@@ -316,3 +310,9 @@ class Guard:
         """Whether the run may have to go back before there is another snapshot."""
         is_well = self.is_well() and not (self.undo_overfitting and is_above_best(validation))
         return bool(state.probing) or (self.keeps_snapshots and not is_well)
+
+
+def _share_alive(window: Moments) -> float:
+    """Of the steps whose gradient was measured, those in which it is not zero; NaN if these are fewer than four."""
+    measured = [square for square in last_steps(window).grad_square if square == square]
+    return sum(square > 0 for square in measured) / len(measured) if len(measured) >= LEAST_MEASURED else math.nan
