@@ -96,7 +96,7 @@ def test_every_layer_is_pruned_to_its_half():
     policy = SchedulePolicy.load("default")
     decisions = decisions_of(policy)
     made = pruned(policy, decisions, 0)
-    assert made.hidden == tuple(units // 2 for units in policy.actor.hidden)
+    assert made.hidden == tuple((units + 1) // 2 for units in policy.actor.hidden)
     assert error(policy, made, decisions) < 0.1
 
 
